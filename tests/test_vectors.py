@@ -1,8 +1,8 @@
 """Every term against the golden numbers of its published reference; `KD_VECTORS=DIR pytest tests/test_vectors.py`.
 
 Float64 cases agree within 1e-9 of each tensor's largest absolute value; float32 reruns within 1e-4 of float64 (wider
-where the reference itself is further off, `float32_reference`); under bfloat16 autocast everything is finite. Probes must
-be finite, and agree too where the reference is finite, unless the adapter says why not.
+where the reference itself is further off, `float32_reference`); under bfloat16 autocast everything is finite. Probes
+must be finite, and agree too where the reference is finite, unless the adapter says why not.
 """
 
 from __future__ import annotations
