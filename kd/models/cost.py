@@ -1,0 +1,37 @@
+"""What a classifier costs: parameters, and multiply-accumulates of one image."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kd.models.classifier import Classifier
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a classifier's network, or of any module; shared ones count once."""
+    network = model.network if isinstance(model, Classifier) else model
+    return sum(p.numel() for p in network.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, image_size: int | None = None, in_channels: int = 3) -> int:
+    """Multiply-accumulates of one image through the network, by torch's own counter (which counts two for each).
+
+    `image_size` is in pixels; a classifier's default is what its network sees.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = model
+    if isinstance(model, Classifier):
+        network, in_channels = model.network, model.built["in_channels"]
+        image_size = image_size or model.preprocess.size
+    parameter, training = next(network.parameters()), network.training
+    images = torch.zeros(1, in_channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    network.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(images)
+    finally:
+        network.train(training)
+    return counter.get_total_flops() // 2

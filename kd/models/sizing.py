@@ -1,0 +1,188 @@
+"""Building a timm network for the size that it will see: image and patch size, and a stem for small images."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SMALL = 96  # pixels; below it networks made for photographs would shrink their maps to nothing
+RESERVED = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes", "in_chans",
+    "features_only", "model_name", "scriptable", "exportable", "no_jit",
+}  # fmt: skip  # they belong to kd, or would fetch or load something
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that timm does not know, with those nearest to it."""
+    import timm
+
+    bare, _, tag = name.partition(".")
+    if ":" in name or "/" in name or not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), 3)
+        near = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"timm has no network '{name}'.{near} Search: python -m kd.models --search '*{bare[:6]}*'")
+    tags = timm.list_pretrained(f"{bare}.*") if tag else []
+    if tag and name not in tags:
+        raise ValueError(f"timm has no weights '{name}'. It has {', '.join(tags) or bare + ' without hub weights'}")
+
+
+def check_args(name: str, args: Mapping[str, Any]) -> None:
+    """Raises ValueError for arguments that are not the network's own."""
+    for key in args:
+        if key in RESERVED:
+            raise ValueError(
+                f"args.{key} is not for {name}'s arguments: kd sets it (pretrained=..., checkpoint=..., dataset)"
+            )
+
+
+def reductions(network: nn.Module) -> list[int]:
+    """How much smaller than the image each part's map is, as timm's `feature_info` says; empty where it says nothing."""
+    info = getattr(network, "feature_info", None) or []
+    return [i["reduction"] for i in (info if isinstance(info, list) else info.info)]
+
+
+def size_arguments(name: str, args: Mapping[str, Any], size: int, pretrained: bool) -> Iterator[dict[str, Any]]:
+    """Arguments to try, best first: image and patch size where the network takes them.
+
+    Below 96 pixels a network whose maps all have one size (ViT, Mixer) gets patches of 4 pixels, one that shrinks them
+    step by step (Swin, ConvNeXt) a stem of stride 2, of stride 1 up to 16 pixels. Hub weights keep a shrinking network's own.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    usual = config.input_size[-1] if config is not None and config.input_size else 224
+    sized = {"img_size": size} if size != usual and "img_size" not in args else {}
+    patch = None if "patch_size" in args or size >= SMALL else small_patch(name, args, size, pretrained)
+    patched = {"patch_size": patch} if patch else {}
+    tried: list[dict[str, Any]] = []
+    for choice in ({**sized, **patched}, patched, sized, {}):
+        if choice not in tried:
+            tried.append(choice)
+            yield choice
+
+
+def small_patch(name: str, args: Mapping[str, Any], size: int, pretrained: bool) -> int | None:
+    """The patch or stem stride for a small image; None where the network's own is as small, or is not to be touched."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            probe = timm.create_model(name, **args)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
+        return None
+    steps = reductions(probe)
+    if not steps:
+        return None
+    if len(set(steps)) == 1:
+        return 4 if steps[0] > 4 else None
+    return None if pretrained else (1 if size <= 16 else 2)
+
+
+def create(
+    name: str, args: Mapping[str, Any], num_classes: int, in_channels: int, weights: Path | None = None
+) -> nn.Module:
+    """timm's network with exactly these arguments; `weights` is a file of its hub weights."""
+    import timm
+
+    hub = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **hub, **args)
+
+
+def create_sized(
+    name: str, args: Mapping[str, Any], num_classes: int, in_channels: int, size: int, weights: Path | None = None
+) -> tuple[nn.Module, dict[str, Any], str]:
+    """(network, the arguments it was built with, its stem: own or small).
+
+    `args.small_stem` decides about the stem; by default one is made below 96 pixels for networks without hub weights.
+    Raises ValueError when the network cannot be built at this size.
+    """
+    check_args(name, args)
+    args = dict(args)
+    wish = args.pop("small_stem", None)
+    first = None
+    for choice in size_arguments(name, args, size, weights is not None):
+        try:
+            network = create(name, {**args, **choice}, num_classes, in_channels, weights)
+            small = wish if wish is not None else (size < SMALL and weights is None and "patch_size" not in choice)
+            stem = "small" if small and small_stem(network) else "own"
+            try_forward(network, in_channels, size)
+            return network, {**args, **choice}, stem
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AssertionError,
+            ZeroDivisionError,
+            AttributeError,
+            IndexError,
+        ) as error:
+            if first is None or not unexpected_argument(error):
+                first = error if first is None or unexpected_argument(first) else first
+    raise ValueError(
+        f"{name} cannot be built for {size}x{size} pixels with {dict(args)}: {first}. "
+        f"Feed it larger images (preprocess.size=224), or give it other args."
+    ) from first
+
+
+def unexpected_argument(error: Exception) -> bool:
+    """Whether a constructor merely did not know an argument."""
+    return isinstance(error, TypeError) and "unexpected keyword" in str(error)
+
+
+@torch.no_grad()
+def try_forward(network: nn.Module, in_channels: int, size: int) -> None:
+    """One image through the network in eval mode; raises what the network raises."""
+    parameter, training = next(network.parameters()), network.training
+    network.eval()
+    network(torch.zeros(1, in_channels, size, size, device=parameter.device))
+    network.train(training)
+
+
+def small_stem(network: nn.Module) -> bool:
+    """Let a CNN's first convolution keep the map's size, 3x3 for 7x7, and drop the max-pooling after it; False: it has none such.
+
+    Weights that were there stay: the middle of a larger kernel.
+    """
+    path = (getattr(network, "pretrained_cfg", None) or {}).get("first_conv")
+    try:
+        conv = network.get_submodule(path) if isinstance(path, str) else None
+    except AttributeError:
+        return False
+    if not isinstance(conv, nn.Conv2d) or conv.stride != (2, 2) or conv.kernel_size[0] % 2 == 0:
+        return False
+    if conv.kernel_size[0] > 3:
+        shrink_kernel(conv)
+    conv.stride = (1, 1)
+    if not hasattr(conv, "same_pad"):
+        conv.padding = (conv.kernel_size[0] // 2,) * 2
+    drop_pooling(network)
+    return True
+
+
+def shrink_kernel(conv: nn.Conv2d) -> None:
+    """Keep the middle 3x3 of a larger kernel, scaled to the variance of He initialisation at that size."""
+    side = conv.kernel_size[0]
+    start = (side - 3) // 2
+    middle = conv.weight.detach()[..., start : start + 3, start : start + 3].clone()
+    conv.weight = nn.Parameter(middle * (side / 3))
+    conv.kernel_size = (3, 3)
+
+
+def drop_pooling(network: nn.Module) -> None:
+    """Replace the max-pooling that follows the stem's convolution by nothing."""
+    for path in ("maxpool", "pool", "features.pool0", "stem.pool", "stem_pool", "stem.maxpool"):
+        parent, _, name = path.rpartition(".")
+        try:
+            module = getattr(network.get_submodule(parent), name)
+        except AttributeError:
+            continue
+        if isinstance(module, nn.MaxPool2d | nn.Sequential) and any(
+            isinstance(m, nn.MaxPool2d) for m in module.modules()
+        ):
+            setattr(network.get_submodule(parent), name, nn.Identity())
+            return
