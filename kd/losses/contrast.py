@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kd.contracts import Batch, Output
+from kd.losses.features import FeatureTerm
 from kd.losses.numerics import counters, full, integers, labels, mix, uniform, unit
-from kd.losses.term import Term
 
 ROWS = 65_536  # rows of a memory that are drawn at a time, to keep the temporaries small
 
@@ -29,29 +29,25 @@ def noise(rows: int, dim: int, salt: int) -> Tensor:
     return torch.cat(parts)
 
 
-class Embedded(Term):
-    """Base: a feature of each network (flattened), through a trained linear layer, to unit length, (B, dim).
+class Embedded(FeatureTerm):
+    """Base: a stage of each network (flattened), through a trained linear layer, to unit length, (B, dim).
 
     A zero embedding stays zero and gets no gradient (NaN in the reference).
     """
 
-    def __init__(self, feature: str = "penultimate", dim: int = 128, temperature: float = 0.07, **schedule):
-        super().__init__(**schedule)
-        self.student_features = self.teacher_features = (feature,)
-        self.feature, self.dim, self.temperature = feature, dim, temperature
+    def __init__(self, stage: str = "penultimate", dim: int = 128, temperature: float = 0.07, **options):
+        super().__init__(stage, **options)
+        self.dim, self.temperature = dim, temperature
         self.embed_s, self.embed_t = nn.Identity(), nn.Identity()
 
-    def setup(self, student: Output, teacher: Output, num_classes: int, num_samples: int) -> None:
+    def build(self, students: list[Tensor], teachers: list[Tensor]) -> None:
         """Size the two embeddings."""
-        sizes = (output.features[self.feature].flatten(1).shape[1] for output in (student, teacher))
-        self.embed_s, self.embed_t = (nn.Linear(size, self.dim) for size in sizes)
+        self.embed_s, self.embed_t = (nn.Linear(x[0][0].numel(), self.dim) for x in (students, teachers))
 
     def embeddings(self, student: Output, teacher: Output) -> tuple[Tensor, Tensor]:
         """(B, dim) of the student and of the teacher."""
-        return (
-            unit(self.embed_s(full(student.features[self.feature]).flatten(1))),
-            unit(self.embed_t(full(teacher.features[self.feature]).flatten(1))),
-        )
+        (s,), (t,) = self.maps(student, teacher)
+        return unit(self.embed_s(full(s).flatten(1))), unit(self.embed_t(full(t).flatten(1)))
 
 
 class ContrastMemory(Embedded):
@@ -69,16 +65,16 @@ class ContrastMemory(Embedded):
 
     def __init__(
         self,
-        feature: str = "penultimate",
+        stage: str = "penultimate",
         dim: int = 128,
         temperature: float = 0.07,
         *,
         negatives: int = 16384,
         momentum: float = 0.5,
         eps: float = 1e-7,
-        **schedule,
+        **options,
     ):
-        super().__init__(feature, dim, temperature, **schedule)
+        super().__init__(stage, dim, temperature, **options)
         self.negatives, self.momentum, self.eps = negatives, momentum, eps
         for name in ("memory_s", "memory_t", "classes"):
             self.register_buffer(name, None)
@@ -87,11 +83,11 @@ class ContrastMemory(Embedded):
 
     def setup(self, student: Output, teacher: Output, num_classes: int, num_samples: int) -> None:
         """Size embeddings and banks. Raises ValueError below two images."""
-        super().setup(student, teacher, num_classes, num_samples)
         if num_samples < 2:
             raise ValueError(f"draws negatives from other images, and the training pool has {num_samples}")
         self.memory_s, self.memory_t = noise(num_samples, self.dim, 1), noise(num_samples, self.dim, 2)
         self.classes = torch.full((num_samples,), -1)  # of the images seen so far
+        super().setup(student, teacher, num_classes, num_samples)
 
     def draw(self, batch: Batch) -> Tensor:
         """int64 (B, 1 + negatives) rows of the banks: the image, then others, of other classes as far as known."""
@@ -160,9 +156,9 @@ class ContrastQueue(Embedded):
     """
 
     def __init__(
-        self, feature: str = "penultimate", dim: int = 128, temperature: float = 0.07, size: int = 4096, **schedule
+        self, stage: str = "penultimate", dim: int = 128, temperature: float = 0.07, size: int = 4096, **options
     ):
-        super().__init__(feature, dim, temperature, **schedule)
+        super().__init__(stage, dim, temperature, **options)
         self.size = size
         self.register_buffer("queue_s", torch.zeros(size, dim))
         self.register_buffer("queue_t", torch.zeros(size, dim))

@@ -55,7 +55,7 @@ class LogitTerm(Term):
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """`compare` on the logits in float32 or better."""
-        pair = self._student(student), full(teacher.logits)  # each (B, K)
+        pair = self._student(student), full(teacher.logits).detach()  # each (B, K)
         if self.standardise:
             pair = standardise(pair[0]), standardise(pair[1])
         return self.compare(*pair, batch.targets)

@@ -65,8 +65,8 @@ class MultiLevel(LogitTerm):
         """The three parts by name: instance, class, batch."""
         if student.second is None or teacher.second is None:
             raise ValueError("needs a second view of the images (Output.second), and the batch came with one")
-        weak = self._student(student), full(teacher.logits)
-        strong = self._student(student.second), full(teacher.second.logits)
+        weak = self._student(student), full(teacher.logits).detach()
+        strong = self._student(student.second), full(teacher.second.logits).detach()
         confidence = log_softmax(weak[1]).exp()  # (B, K)
         images, classes = lower_half(confidence.amax(1)), lower_half(confidence.sum(0))
         every = (*self.temperatures, *self.weak_temperatures)

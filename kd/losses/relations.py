@@ -14,28 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd.contracts import Batch, Output
+from kd.losses.features import FeatureTerm
 from kd.losses.numerics import full, unit, wide
-from kd.losses.term import Term
 
 
-class RelationTerm(Term):
-    """Base of the terms on flattened features (B, D) of both networks; a subclass writes `compare`.
+class RelationTerm(FeatureTerm):
+    """Base of the terms on flattened stages (B, D) of both networks; a subclass writes `compare`.
 
-    `features` are the stages to take from both; their values are added.
+    The values of several `stages` are added. Class tokens in front of a grid of patches are left out.
     """
 
-    def __init__(self, features: Sequence[str] = ("penultimate",), **schedule):
-        super().__init__(**schedule)
-        self.student_features = self.teacher_features = tuple(features)
+    def __init__(self, stages: str | Sequence[str] = "penultimate", **options):
+        super().__init__(stages, **options)
 
-    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The sum of `compare` over the features."""
-        return sum(
-            self.compare(wide(student.features[f].flatten(1)), wide(teacher.features[f].flatten(1))).to(
-                full(student.features[f]).dtype
-            )
-            for f in self.student_features
-        )
+    def parts(self, student: Output, teacher: Output, batch: Batch) -> list[Tensor]:
+        """`compare` of each stage."""
+        pairs = zip(*self.maps(student, teacher), strict=True)
+        return [self.compare(wide(s).flatten(1), wide(t).flatten(1)).to(full(s).dtype) for s, t in pairs]
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The scalar from (B, D) and (B, E)."""
@@ -163,29 +158,25 @@ class SampleProducts(RelationTerm):
 
     def __init__(self, embed: int | None = 128, **options):
         super().__init__(**options)
-        if embed and len(self.student_features) > 1:
-            raise ValueError(f"embeds one feature, got {list(self.student_features)}: use one term for each")
-        self.embed, self.embed_s, self.embed_t = embed, nn.Identity(), nn.Identity()
+        self.embed, self.embed_s, self.embed_t = embed, nn.ModuleList(), nn.ModuleList()
 
-    def setup(self, student: Output, teacher: Output, num_classes: int, num_samples: int) -> None:
+    def build(self, students: list[Tensor], teachers: list[Tensor]) -> None:
         """Size the embeddings. Raises ValueError where raw features differ in size."""
-        for feature in self.student_features:
-            sizes = [output.features[feature].flatten(1).shape[1] for output in (student, teacher)]
-            if self.embed:
-                self.embed_s, self.embed_t = (nn.Linear(size, self.embed) for size in sizes)
-            elif sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"{feature} has {sizes[0]} numbers in the student, {sizes[1]} in the teacher: set embed: 128"
-                )
+        sizes = [(s[0].numel(), t[0].numel()) for s, t in zip(students, teachers, strict=True)]
+        unlike = [pair for pair in sizes if pair[0] != pair[1]]
+        if unlike and not self.embed:
+            raise ValueError(f"the student's and teacher's features have {unlike[0]} numbers: set embed: 128")
+        if self.embed:
+            self.embed_s = nn.ModuleList(nn.Linear(s, self.embed) for s, _ in sizes)
+            self.embed_t = nn.ModuleList(nn.Linear(t, self.embed) for _, t in sizes)
 
-    def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """The mean over neighbours of the products of absolute differences."""
-        return sum(
-            self.compare(
-                self.embed_s(full(student.features[f]).flatten(1)), self.embed_t(full(teacher.features[f]).flatten(1))
-            )
-            for f in self.student_features
-        )
+    def parts(self, student: Output, teacher: Output, batch: Batch) -> list[Tensor]:
+        """`compare` of each stage's embeddings, or of the features themselves."""
+        students, teachers = ([full(x).flatten(1) for x in side] for side in self.maps(student, teacher))
+        if self.embed:
+            students = [embed(x) for embed, x in zip(self.embed_s, students, strict=True)]
+            teachers = [embed(x) for embed, x in zip(self.embed_t, teachers, strict=True)]
+        return [self.compare(s, t) for s, t in zip(students, teachers, strict=True)]
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """From (B, D) and (B, D)."""

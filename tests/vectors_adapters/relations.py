@@ -7,7 +7,7 @@ import torch
 from kd.losses import ContrastMemory, Distances, Kernels, Probabilities, SampleProducts, Similarities
 from vectors_adapters import adapter, batch, outputs, plant, projections, run
 
-FEATURE = {"features": ["stage1"]}
+FEATURE = {"stages": "stage1"}
 
 
 @adapter("sp")
@@ -32,7 +32,7 @@ def correlation(inputs, hyperparameters, dtype):
     term = SampleProducts(embed=hyperparameters["feat_dim"], **FEATURE)
     student, teacher = outputs(inputs)
     term.setup(student, teacher, num_classes=2, num_samples=2)
-    plant(term, _linear(inputs))
+    plant(term, {key.replace(".linear.", ".0."): value for key, value in projections(inputs).items()})
     return {"loss": hyperparameters["scale"] * run(term, student, teacher, batch(inputs))}
 
 
@@ -53,19 +53,16 @@ def crd(inputs, hyperparameters, dtype):
     names = {"feat_dim": "dim", "nce_t": "temperature", "nce_k": "negatives", "nce_m": "momentum", "eps": "eps"}
     options = {ours: hyperparameters[theirs] for theirs, ours in names.items()}
     total, preset = hyperparameters["n_data"], hyperparameters["z_preset"]
-    term = ContrastMemory(feature="stage1", **options)
+    term = ContrastMemory(stage="stage1", **options)
     student, teacher = outputs(inputs)
     term.setup(student, teacher, num_classes=2, num_samples=total)
     z = [float("nan")] * 2 if preset is None else preset if isinstance(preset, list) else [preset] * 2
     constants = {
         name: torch.tensor(value, dtype=dtype).log() for name, value in zip(("log_z_s", "log_z_t"), z, strict=True)
     }
-    plant(term, _linear(inputs) | constants | {"memory_s": inputs["memory_v1"], "memory_t": inputs["memory_v2"]})
+    linear = {key.replace(".linear.", "."): value for key, value in projections(inputs).items()}
+    plant(term, linear | constants | {"memory_s": inputs["memory_v1"], "memory_t": inputs["memory_v2"]})
     term.draw = lambda _: inputs["contrast_index"]
     loss = run(term, student, teacher, batch(inputs))
     after = {"z_v1": term.log_z_s.exp(), "z_v2": term.log_z_t.exp()}
     return {"loss": loss, **after, "memory_v1_after": term.memory_s, "memory_v2_after": term.memory_t}
-
-
-def _linear(inputs):
-    return {key.replace(".linear.", "."): value for key, value in projections(inputs).items()}
