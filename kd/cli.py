@@ -1,0 +1,168 @@
+"""The command line of the entry points that compose a configuration: overrides in, exit code out."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kd.config import GROUPS, ROLES, Config, conf_dir, register, rewrite, setting_keys, settle
+from kd.hints import Interrupted, UserError, did_you_mean
+
+
+SETTINGS = """\
+Settings (KEY=VALUE)
+  seed runs_dir fresh dry device threads baseline
+  recipe.{epochs,steps,minutes,batch_size,lr,weight_decay,keep_epochs,...}
+  teacher.{checkpoint,epoch,seed,recipe,min_top1,...}
+  dataset.{root,image_size,train_fraction,val_fraction,split_seed,...}
+  all of them, as composed: --cfg job"""
+
+
+def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
+    """Compose `config_name` with the overrides in sys.argv and call `job`; a user's mistake ends with a message, not a traceback.
+
+    `about` heads `--help`.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        return print(help_text(about, _config_dirs(sys.argv[1:])))
+    import hydra
+
+    sys.argv[1:] = [rewrite(a) for a in sys.argv[1:]]
+    register(_config_dirs(sys.argv[1:]))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
+    _terminable()
+
+    def task(composed) -> Any:
+        return _task(composed, job)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    except Exception as error:
+        sys.exit(report(error))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted", 130))
+
+
+def help_text(about: str, config_dirs: list[Path]) -> str:
+    """What `--help` prints. Hydra's own would take seconds: it copies the whole store for every group."""
+    lines = []
+    for group in GROUPS:
+        found = {p.stem for folder in (conf_dir(), *config_dirs) for p in (folder / group).glob("*.yaml")}
+        if group in ROLES:
+            found |= {p.stem for folder in (conf_dir(), *config_dirs) for p in (folder / "model").glob("*.yaml")}
+        if found:
+            sign = "+" if group in ("experiment", "sweep", "search") else ""
+            lines += textwrap.wrap(f"{sign}{group}= {', '.join(sorted(found))}", 118, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join([about.strip(), "", "Choices (GROUP=NAME)", *lines, "", SETTINGS])
+
+
+def _task(composed, job: Callable[[Config], Any]) -> Any:
+    """One job of Hydra. A job of a multirun raises; a single run ends the process with its own exit code."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_config = HydraConfig.get()
+    single = hydra_config.mode == RunMode.RUN
+    try:
+        return job(settle(composed, list(hydra_config.overrides.task), strict=single))
+    except Exception as error:
+        if not single:
+            raise
+        sys.exit(report(error))
+
+
+def report(error: Exception) -> int:
+    """Print what went wrong in the user's words and give the exit code: 2 for usage, 1 otherwise."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if os.environ.get("KD_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, Interrupted):
+        return _say(str(error), 128 + error.signum)
+    if isinstance(error, UserError):
+        return _say(str(error), error.exit_code)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _say(explain(error), 2)
+    if isinstance(error, (ValueError, KeyError, OSError, NotImplementedError)):
+        return _say(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error), 1)
+    if not os.environ.get("KD_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error)
+    return 1
+
+
+def _say(text: str, code: int) -> int:
+    print(f"kd: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def explain(error: Exception) -> str:
+    """Hydra's composition error with the near misses and what to type."""
+    text = "\n".join(str(e) for e in _chain(error))
+    if found := re.search(r"Could not override '(?:[\w/]+@)?([^']+)'", text):
+        return _explain_key(found[1].strip(), text)
+    if found := re.search(r"Key '([^']+)' not in '(\w+)'\s*\n?\s*full_key: (\S+)", text):
+        return _explain_key(found[3], text)
+    if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'\s*\n+\s*Available options in '[^']+':\s*([^\n]+(?:\n\s+\S+)*)", text):
+        options = found[3].split()
+        return f"there is no {found[1]} '{found[2]}'.{did_you_mean(found[2], options)} Known: {', '.join(sorted(options))}"
+    if found := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
+        options = sorted(p.stem for p in (conf_dir() / found[1]).glob("*.yaml"))
+        return f"there is no {found[1]} '{found[2]}'.{did_you_mean(found[2], options)} Known: {', '.join(options)}"
+    if found := re.search(r"(Value '.*?' .*? could not be converted to .*?)\n\s*full_key: (\S+)", text):
+        return f"{found[2]}: {found[1]}"
+    return str(error).strip()
+
+
+def _explain_key(key: str, text: str) -> str:
+    place = re.search(r"In '([^']+)'", text)
+    if "could not be converted" in text and (found := re.search(r"(Value '.*?' .*? could not be converted to \w+)", text)):
+        return f"{key}: {found[1]}"
+    where = f" (in {place[1]}.yaml)" if place else ""
+    return f"there is no setting '{key}'{where}.{did_you_mean(key, setting_keys())} All of them: python -m kd.train --cfg job"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _config_dirs(arguments: list[str]) -> list[Path]:
+    """The folders given as --config-dir DIR, -cd DIR or --config-dir=DIR, made absolute."""
+    folders = []
+    for at, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd") and at + 1 < len(arguments):
+            folders.append(Path(arguments[at + 1]))
+        elif argument.startswith("--config-dir="):
+            folders.append(Path(argument.split("=", 1)[1]))
+    for folder in folders:
+        if not folder.is_dir():
+            sys.exit(_say(f"--config-dir {folder}: there is no such folder", 2))
+    return folders
+
+
+def _terminable() -> None:
+    """SIGTERM unwinds like Ctrl-C, so that records are written and locks released."""
+    import signal
+    import threading
+
+    def stop(signum, frame):
+        raise Interrupted(signum)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+
+

@@ -1,0 +1,62 @@
+"""How good a classifier is, from its logits on a whole split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BATCH = 256
+
+
+@torch.inference_mode()
+def logits_of(ask: Callable[[Tensor], Tensor], split: Any, device: str, autocast: bool = False, batch_size: int = BATCH) -> Tensor:
+    """Logits (N, K) float32 on the CPU of every image of a split, in its order; `ask` maps uint8 images to logits."""
+    found = []
+    for batch in split.batches(batch_size, device=device):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            found.append(ask(batch.images).float())
+    return torch.cat(found).cpu()
+
+
+def quick(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """top1 and nll, which choose the best epoch."""
+    return {
+        "top1": (logits.argmax(1) == targets).double().mean().item(),
+        "nll": F.cross_entropy(logits.double(), targets).item(),
+    }
+
+
+def full(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> dict[str, float]:
+    """top1, top5, nll, ece (15 bins, Guo et al. 2017, arXiv:1706.04599) and, with a teacher, agreement and KL from it."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    classes = logits.shape[1]
+    found = quick(logits, targets)
+    found["top5"] = (logits.topk(min(5, classes), dim=1).indices == targets[:, None]).any(1).double().mean().item()
+    found["ece"] = multiclass_calibration_error(logits.softmax(1), targets, classes, n_bins=15).item()
+    if teacher_logits is not None:
+        found["agreement"] = (logits.argmax(1) == teacher_logits.argmax(1)).double().mean().item()
+        log_student, log_teacher = logits.double().log_softmax(1), teacher_logits.double().log_softmax(1)
+        found["teacher_kl"] = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True).item()
+    return found
+
+
+def confusion(logits: Tensor, targets: Tensor) -> Tensor:
+    """Counts (K, K): rows are true classes, columns predictions."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(logits.argmax(1), targets, logits.shape[1])
+
+
+def per_class(matrix: Tensor) -> list[float]:
+    """Recall of each class from a confusion matrix; 0 where a class has no image."""
+    return (matrix.diag().double() / matrix.sum(1).clamp(min=1)).tolist()
+
+
+def named(split: str, values: dict[str, float]) -> dict[str, float]:
+    """The same values as `split/name`."""
+    return {f"{split}/{n}": v for n, v in values.items()}

@@ -1,0 +1,51 @@
+"""What a classifier costs: parameters, multiply-accumulates, size, latency, throughput."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd import models
+
+SECONDS = 0.8  # for each of latency and throughput
+BATCH = 64
+
+
+@torch.inference_mode()
+def measure(classifier: torch.nn.Module, image_size: int, channels: int, device: str, seconds: float = SECONDS) -> dict[str, float]:
+    """Median latency of one image and throughput of a batch, float32, eager, preprocessing counted in."""
+    classifier = classifier.to(device).float().eval()
+    one, many = (torch.randint(256, (n, channels, image_size, image_size), dtype=torch.uint8, device=device) for n in (1, BATCH))
+    return {
+        "latency_ms": 1000 * _median_seconds(classifier, one, seconds),
+        "images_per_s": BATCH / _median_seconds(classifier, many, seconds),
+        "parameters": models.count_parameters(classifier),
+        "macs": models.count_macs(classifier, image_size),
+    }
+
+
+def _median_seconds(classifier: torch.nn.Module, images: torch.Tensor, seconds: float) -> float:
+    """Median time of a call; the first two warm up."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        started = time.perf_counter()
+        classifier(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def size_mib(weights: Path) -> float:
+    """A weights file's size."""
+    return weights.stat().st_size / 2**20
+
+
+def summary(classifier: torch.nn.Module, weights: Path, dataset: Any, device: str) -> dict[str, float]:
+    """The efficiency figures of a run's record."""
+    figures = measure(classifier, dataset.image_size, dataset.channels, device)
+    return {**figures, "size_mib": size_mib(weights), "precision": "fp32", "batch_size": BATCH, "threads": torch.get_num_threads()}
