@@ -67,6 +67,16 @@ def pool_larger(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student, F.adaptive_avg_pool2d(teacher, small)
 
 
+def need_positions(students: list[Tensor], teachers: list[Tensor]) -> None:
+    """Raise ValueError where every pair of maps comes down to one position, where a pattern over them is constant."""
+    if all(min(s.shape[2] * s.shape[3], t.shape[2] * t.shape[3]) == 1 for s, t in zip(students, teachers, strict=True)):
+        raise ValueError(
+            "compares patterns over positions, and every chosen stage has a single one (a vector, or a map of 1x1) in "
+            "the student or the teacher. Choose stages with positions, or a term on vectors or logits: fitnet, sp, "
+            "rkd, crd, ofa"
+        )
+
+
 def pick(output: Output, name: str, owner: str) -> Tensor:
     """The feature of that name in at least float32. Raises ValueError, naming those there are, where it is missing."""
     if name not in output.features:

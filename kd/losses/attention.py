@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd.contracts import Batch, Output
-from kd.losses.align import pick, pool_larger, project
+from kd.losses.align import need_positions, pick, pool_larger, project
 from kd.losses.features import EVERY, LAST_THREE, FeatureTerm
 
 
@@ -53,6 +53,10 @@ class AttentionTransfer(FeatureTerm):
             raise ValueError(f"form is 'code' or 'paper', not '{form}'")
         self.power, self.form = check_power(power), form
 
+    def build(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+        """Nothing; vectors are refused."""
+        need_positions(students, teachers)
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The distance of one stage's attention maps."""
         paper = self.form == "paper"
@@ -67,6 +71,10 @@ class NeuronSelectivity(FeatureTerm):
     stages. Where a map has fewer positions than channels it is computed as |SᵀS/C_s - TᵀT/C_t|², the same number
     from (B, P, P). A channel that is 0 everywhere stays 0.
     """
+
+    def build(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+        """Nothing; vectors are refused."""
+        need_positions(students, teachers)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The squared mean discrepancy of one stage."""

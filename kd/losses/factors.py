@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from kd.contracts import Batch, Output
 from kd.graft import Norm
-from kd.losses.align import pool_larger
+from kd.losses.align import need_positions, pool_larger
 from kd.losses.attention import attention_map, check_power
 from kd.losses.features import FeatureTerm
 
@@ -69,6 +69,7 @@ class FactorTransfer(FeatureTerm):
 
     def build(self, students: list[Tensor], teachers: list[Tensor]) -> None:
         """A paraphraser and a translator for each stage."""
+        need_positions(students, teachers)
         if self.rate is None:
             return
         students, teachers = ([x.shape[1] for x in maps] for maps in (students, teachers))

@@ -28,9 +28,9 @@ def ready(term, inputs, dtype, head=False):
     return term.to(dtype).train(), student, teacher
 
 
-def staged(term, inputs, dtype, name="stage"):
+def staged(term, inputs, dtype, name="stage", sized=False):
     """`loss` and `loss_<name>N` of a term without projections."""
-    term, student, teacher = ready(term, inputs, dtype)
+    term, student, teacher = ready(term, inputs, dtype) if sized else (term, *outputs(inputs))
     parts = term.parts(student, teacher, batch(inputs))
     return {"loss": run(term, student, teacher, batch(inputs))} | {f"loss_{name}{n}": p for n, p in enumerate(parts)}
 
@@ -69,7 +69,7 @@ def nst(inputs, hyperparameters, dtype):
 
 @adapter("fsp")
 def fsp(inputs, hyperparameters, dtype):
-    return staged(Flow(stages(inputs)), inputs, dtype, "pair")
+    return staged(Flow(stages(inputs)), inputs, dtype, "pair", sized=True)
 
 
 @adapter("ft")
@@ -80,7 +80,7 @@ def ft(inputs, hyperparameters, dtype):
 
 @adapter("ab")
 def ab(inputs, hyperparameters, dtype):
-    return staged(ActivationBoundary(stages(inputs), margin=hyperparameters["margin"]), inputs, dtype)
+    return staged(ActivationBoundary(stages(inputs), margin=hyperparameters["margin"]), inputs, dtype, sized=True)
 
 
 @adapter("reviewkd_hcl")
