@@ -53,7 +53,7 @@ class Mixer:
 def beta_quantiles(alpha: float) -> Tensor:
     """The inverse distribution function of Beta(alpha, alpha) at 8192 even steps of [0, 1], float32.
 
-    Integrated up to 1/2 over s = x^alpha for alpha below 1, where the density's pole is gone; the rest is its mirror image.
+    Integrated up to 1/2, for alpha below 1 over s = x^alpha, where the density has no pole; the rest mirrors it.
     """
     power = min(alpha, 1.0)
     s = torch.linspace(0, 0.5**power, 20 * _TABLE, dtype=torch.float64)

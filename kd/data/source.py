@@ -28,6 +28,7 @@ class Source:
     splits: dict[str, Items]
     channels: int = 3
     image_size: int | None = None  # what `image_size=auto` means here; None: looked up in the images
+    stamp: str | None = None  # changes when the content does; files need none, their size and times are looked at
     total: int | None = None  # what `val_fraction` is a share of, where the test split was cut from the same images
 
 

@@ -132,17 +132,16 @@ class DecoupledKD(LogitTerm):
         binary_s, binary_t = (
             torch.stack([F.logsigmoid(m), F.logsigmoid(-m)], 1) for m in (margin_s, margin_t)
         )  # (B, 2)
-        others = ~F.one_hot(target, student_logits.shape[1]).bool()  # (B, K)
-        nckd = torch.where(others, rest_t.exp() * (rest_t - rest_s), 0.0).sum(1)
+        nckd = (rest_t.exp() * (rest_t - rest_s)).sum(1)
         tckd = divergence(binary_s, binary_t)
         return self.temperature**2 * (self.target_weight * tckd + self.nontarget_weight * nckd).mean()
 
     @staticmethod
     def _split(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-odds of the target (B,), log q over the others (B, K), of which the target's entry is unused)."""
+        """(log-odds of the target (B,), log q over the others (B, K), 0 at the target)."""
         chosen = logits.gather(1, target[:, None])  # (B, 1)
         others = logits.scatter(1, target[:, None], float("-inf")).logsumexp(1, keepdim=True)
-        return (chosen - others).squeeze(1), logits.scatter(1, target[:, None], 0.0) - others
+        return (chosen - others).squeeze(1), (logits - others).scatter(1, target[:, None], 0.0)
 
 
 class NormalisedKD(LogitTerm):
@@ -159,15 +158,15 @@ class NormalisedKD(LogitTerm):
     def compare(self, student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
         """-mean_b p_t[y] log p_s[y] - nontarget_weight T² mean_b sum_{c != y} q_t[c] log q_s[c]."""
         target = labels(targets)[:, None]  # (B, 1)
-        others = torch.ones_like(student_logits, dtype=torch.bool).scatter(1, target, False)  # (B, K)
         log_s, log_t = (log_softmax(z).gather(1, target) for z in (student_logits, teacher_logits))
         rest_s, rest_t = (self._others(z, target) for z in (student_logits, teacher_logits))
-        nontarget = torch.where(others, rest_t.exp() * rest_s, 0.0).sum(1)
+        nontarget = (rest_t.exp() * rest_s).sum(1)
         return -(log_t.exp() * log_s).mean() - self.nontarget_weight * self.temperature**2 * nontarget.mean()
 
     def _others(self, logits: Tensor, target: Tensor) -> Tensor:
         scaled = logits / self.temperature
-        return scaled.scatter(1, target, 0.0) - scaled.scatter(1, target, float("-inf")).logsumexp(1, keepdim=True)
+        total = scaled.scatter(1, target, float("-inf")).logsumexp(1, keepdim=True)
+        return (scaled - total).scatter(1, target, 0.0)  # (B, K), 0 at the target
 
 
 class TransformedTeacher(LogitTerm):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+CLASH = re.compile(r"multiple values for keyword argument '(\w+)'")
 SMALL = 96  # pixels; below it networks made for photographs would shrink their maps to nothing
 RESERVED = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes", "in_chans",
@@ -68,19 +72,27 @@ def size_arguments(name: str, args: Mapping[str, Any], size: int, pretrained: bo
 
 def small_patch(name: str, args: Mapping[str, Any], size: int, pretrained: bool) -> int | None:
     """The patch or stem stride for a small image; None where the network's own is as small, or is not to be touched."""
-    import timm
-
-    try:
-        with torch.device("meta"):
-            probe = timm.create_model(name, **args)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
-        return None
-    steps = reductions(probe)
+    steps = probe_reductions(name, args)
     if not steps:
         return None
     if len(set(steps)) == 1:
         return 4 if steps[0] > 4 else None
-    return None if pretrained else (1 if size <= 16 else 2)
+    if pretrained:
+        return None
+    if size > 32:
+        return 2
+    finer = probe_reductions(name, {**args, "patch_size": 2})
+    keeps = bool(finer) and finer[0] == steps[0]  # ConvNeXt makes up for a finer stem in its first stage
+    return 1 if size <= 16 or keeps else 2
+
+
+def probe_reductions(name: str, args: Mapping[str, Any]) -> list[int]:
+    """What `reductions` says of a network, built without memory; empty where that cannot be done."""
+    try:
+        with torch.device("meta"):
+            return reductions(create(name, args, 10, 3))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
+        return []
 
 
 def create(
@@ -90,7 +102,28 @@ def create(
     import timm
 
     hub = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}} if weights else {}
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **hub, **args)
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **hub, **args)
+    except TypeError as error:
+        clash = CLASH.search(str(error))
+        if not clash or clash[1] not in args:
+            raise
+    with overriding(name, args):
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **hub)
+
+
+@contextmanager
+def overriding(name: str, args: Mapping[str, Any]) -> Iterator[None]:
+    """Lets `args` win over arguments that a network's entry in timm has fixed (the Mixers' patch size)."""
+    from timm.models import model_entrypoint
+
+    module = importlib.import_module(model_entrypoint(name.partition(".")[0]).__module__)
+    builder = module.build_model_with_cfg
+    module.build_model_with_cfg = lambda *given, **fixed: builder(*given, **{**fixed, **args})
+    try:
+        yield
+    finally:
+        module.build_model_with_cfg = builder
 
 
 def create_sized(

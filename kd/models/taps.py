@@ -122,8 +122,8 @@ def settle_head(network: nn.Module, taps: Taps, final: Tensor) -> None:
     candidates = [(head, False)] + ([(MeanHead(head.heads, split=True), True)] if isinstance(head, MeanHead) else [])
     kept = [(p, p.detach().clone()) for p in head.parameters()]
     try:
-        for p, _ in kept:
-            p.copy_(torch.arange(p.numel(), dtype=torch.float32, device=p.device).sin().view_as(p))
+        for k, (p, _) in enumerate(kept):  # no two alike
+            p.copy_((torch.arange(p.numel(), dtype=torch.float32, device=p.device) + k).sin().view_as(p))
         taps.head = None
         logits = network.forward_head(final)
         for candidate, split in candidates:
