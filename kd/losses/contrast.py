@@ -151,8 +151,10 @@ class ContrastQueue(Embedded):
 
     InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) with the queue of He et al. 2020 (arXiv:1911.05722), on
     student and teacher embeddings as in CRD (arXiv:1910.10699, which reports InfoNCE as an ablation). Both directions
-    are added. Images of the anchor's class are no negatives. `size: 0` is the purely in-batch form; with one image
-    and an empty queue the loss is 0. The queue only moves in training; soft labels count by their largest entry.
+    are added. Images of the anchor's class are no negatives. The logarithm of the number of keys is taken off, so
+    that the value (not its gradient) is the same for a queue that fills: 0 for embeddings that tell nothing. `size:
+    0` is the purely in-batch form; with one image and an empty queue the loss is 0. The queue only moves in training;
+    soft labels count by their largest entry.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class ContrastQueue(Embedded):
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
-        """-mean_i log softmax over (its own pair, other classes in batch and queue), student to teacher and back."""
+        """mean_i log mean_k exp(v·m_k / T) - v·m_i / T over its own pair and other classes, both ways."""
         v_s, v_t = self.embeddings(student, teacher)
         own = labels(batch.targets)
         queues = self.queue_s.to(v_s.dtype, copy=True), self.queue_t.to(v_t.dtype, copy=True)  # written to below
@@ -182,7 +184,7 @@ class ContrastQueue(Embedded):
 
     def _info_nce(self, anchors: Tensor, keys: Tensor, usable: Tensor) -> Tensor:
         scores = (anchors @ keys.T / self.temperature).masked_fill(~usable, float("-inf"))  # (B, B + size)
-        return (scores.logsumexp(1) - scores.diagonal()).mean()
+        return (scores.logsumexp(1) - scores.diagonal() - usable.sum(1).to(scores.dtype).log()).mean()
 
     @torch.no_grad()
     def _enqueue(self, v_s: Tensor, v_t: Tensor, own: Tensor) -> None:
