@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from kd.hints import ConfigError, did_you_mean
 
 ROLES = ("teacher", "student")
 GROUPS = (*ROLES, "dataset", "loss", "augment", "recipe", "tracker", "experiment", "sweep", "search")
+FREE = re.compile(r"(student\.args|teacher\.args|dataset\.args|(teacher\.)?recipe\.optimizer_args|loss\.[^.=]+)\.[^=]+=")
 LENGTHS = ("epochs", "steps", "minutes")
 
 
@@ -211,11 +213,15 @@ def compose(*overrides: str, config_dir: str | Path | None = None, config_name: 
 
 
 def rewrite(override: str) -> str:
-    """`teacher.recipe=NAME` chooses from the group that is mounted there: Hydra spells it recipe@teacher.recipe=NAME."""
+    """An override as Hydra wants it spelt.
+
+    `teacher.recipe=NAME` chooses from the group mounted there: recipe@teacher.recipe=NAME. Keys below `args` and below a
+    loss term are constructor arguments, which need not stand in the YAML to be set: ++student.args.width=4.
+    """
     for group in ("recipe", "augment"):
         if override.startswith(f"teacher.{group}="):
             return f"{group}@{override}"
-    return override
+    return f"++{override}" if FREE.match(override) else override
 
 
 def settle(composed: DictConfig, typed: Sequence[str] = (), strict: bool = True) -> Config:
@@ -230,6 +236,7 @@ def settle(composed: DictConfig, typed: Sequence[str] = (), strict: bool = True)
     choose_length(cfg.recipe, "recipe", typed_keys)
     choose_length(cfg.teacher.recipe, "teacher.recipe", typed_keys)
     check_values(cfg)
+    reject_stumps(cfg)
     if strict:
         reject_idle_settings(cfg, typed_keys)
     return cfg
@@ -345,6 +352,17 @@ def _set(cfg: Config, key: str, value: Any) -> None:
     for part in path:
         node = getattr(node, part)
     setattr(node, last, value)
+
+
+def reject_stumps(cfg: Config) -> None:
+    """A loss term without `_target_` is what an override of a term leaves that the chosen losses do not have."""
+    for name, term in cfg.loss.items():
+        if not isinstance(term, dict) or "_target_" not in term:
+            whole = [n for n, t in cfg.loss.items() if isinstance(t, dict) and "_target_" in t]
+            raise ConfigError(
+                f"loss.{name} has no _target_: the chosen loss has the terms {', '.join(whole)}, not {name}."
+                f"{did_you_mean(name, whole)} Choose it too (loss=[...,{name}]), or drop the setting"
+            )
 
 
 def reject_idle_settings(cfg: Config, typed_keys: Sequence[str]) -> None:

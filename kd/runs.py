@@ -181,6 +181,17 @@ def place(cfg: Config, mark: str) -> Run:
     return Run(Path(cfg.runs_dir) / run_name(cfg, mark))
 
 
+def prepare(folder: Path) -> None:
+    """Make a folder that can be written to; UserError names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}. Type runs_dir=ANOTHER_FOLDER") from error
+
+
 @contextmanager
 def lock(run: Run, wait: bool = False, say=print) -> Iterator[None]:
     """Hold the run, so that no second process works on it; an OS lock, which dies with its process.
@@ -190,10 +201,7 @@ def lock(run: Run, wait: bool = False, say=print) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = run.folder.parent / ".locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to runs_dir={run.folder.parent}: {error.strerror}. Type runs_dir=ANOTHER_FOLDER") from error
+    prepare(folder)
     holder, guard = folder / f"{run.name}.json", FileLock(folder / f"{run.name}.lock", timeout=0)
     try:
         guard.acquire()

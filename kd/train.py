@@ -50,10 +50,12 @@ def run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) -> 
 
 
 def _run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) -> Run:
-    from kd import device, runs
+    from kd import device, losses, runs
 
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
+    losses.build(cfg.loss)  # a mistake in it shows before anything is loaded
+    runs.prepare(Path(cfg.runs_dir))
     dataset = open_dataset(cfg)
     cfg = resolve(cfg, dataset)
     settings = runs.identity(cfg, dataset.digest)
@@ -386,10 +388,7 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
     """The run directory with its record, as running."""
     from kd import runs
 
-    try:
-        this.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to runs_dir={cfg.runs_dir}: {error.strerror}. Type runs_dir=ANOTHER_FOLDER") from error
+    runs.prepare(this.folder)
     data = {"classes": dataset.classes, "digest": dataset.digest, "image_size": dataset.image_size, "skipped": dataset.skipped}
     sizes = {n: len(s) for n in ("train", "val", "test") if (s := getattr(dataset, n)) is not None}
     this.update(
