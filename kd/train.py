@@ -324,7 +324,7 @@ def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: An
 
 def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None:
     """One pass over the test set for `best` and one for `last`, float32; what the student costs."""
-    from kd import metrics, models, speed
+    from kd import card, metrics, models, speed
     from kd.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(this.folder / "checkpoints")
@@ -342,6 +342,7 @@ def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None
     weights = checkpoints.folder / "best" / "model.safetensors"
     figures = speed.summary(models.load(weights.parent), weights, dataset, training.device)
     this.update(metrics=found, efficiency=figures)
+    card.write(this)
 
 
 def _test_logits(classifier: Any, dataset: Any, where: str) -> Any:
@@ -353,7 +354,7 @@ def _test_logits(classifier: Any, dataset: Any, where: str) -> Any:
 
 def compare_with_baseline(cfg: Config, finished: Run, say: Callable[[str], None]) -> None:
     """Say whether the student is better than the same student alone, which is found or trained first."""
-    from kd import runs
+    from kd import card, runs
     from kd.config import Teacher
 
     if cfg.baseline == "off" or "test/top1" not in finished.record.get("metrics", {}):
@@ -368,6 +369,7 @@ def compare_with_baseline(cfg: Config, finished: Run, say: Callable[[str], None]
     word = "above" if mine > other else "below" if mine < other else "equal to"
     with runs.lock(finished, wait=True):
         finished.update(baseline={"run": found.name, "test/top1": other, "gain": mine - other, "verdict": word})
+        card.write(finished)
     say(f"student {100 * mine:.1f} % on test, {word} the same student alone ({100 * other:.1f} %): {100 * (mine - other):+.1f} points, one seed")
 
 
@@ -389,7 +391,8 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
     from kd import runs
 
     runs.prepare(this.folder)
-    data = {"classes": dataset.classes, "digest": dataset.digest, "image_size": dataset.image_size, "skipped": dataset.skipped}
+    shape = {"image_size": dataset.image_size, "channels": dataset.channels}
+    data = {"classes": dataset.classes, "digest": dataset.digest, **shape, "skipped": dataset.skipped}
     sizes = {n: len(s) for n in ("train", "val", "test") if (s := getattr(dataset, n)) is not None}
     this.update(
         format=runs.FORMAT,
