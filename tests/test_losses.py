@@ -284,6 +284,9 @@ def test_a_token_term_needs_a_token():
     pair = Output(torch.zeros(2, 3)), Output(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="token: false"):
         losses.HardTargets(token=True)(*pair, batch_of(2))
+    pair[0].head = nn.Linear(4, 3)  # one plain head: known before the first step
+    with pytest.raises(ValueError, match="token: false"):
+        losses.HardTargets(token=True).setup(*pair, num_classes=3, num_samples=9)
 
 
 def test_raw_products_need_one_width():
@@ -421,6 +424,44 @@ def test_the_queue_holds_the_last_images():
     longer = on_features(torch.randn(7, 5), torch.randn(7, 5))
     assert term(*longer, batch_of(7)).isfinite()  # a batch longer than the queue
     assert losses.ContrastQueue(dim=3, size=0).embed_s is not None
+
+
+# --- the literature's CIFAR-100 table ---
+
+PUBLISHED = {
+    "kd": {"ce.weight": 0.1, "kd.weight": 0.9, "kd.temperature": 4},
+    "dkd": {"dkd.target_weight": 1, "dkd.nontarget_weight": 8, "dkd.temperature": 4, "dkd.warmup_epochs": 20},
+    "fitnet": {"fitnet.weight": 100},
+    "at": {"at.weight": 1000},
+    "rkd": {"rkd.weight": 1, "rkd.distance_weight": 25, "rkd.angle_weight": 50},
+    "crd": {"crd.weight": 0.8, "crd.negatives": 16384, "crd.temperature": 0.07, "crd.momentum": 0.5, "crd.dim": 128},
+    "reviewkd": {"reviewkd.weight": 5, "reviewkd.warmup_epochs": 20},
+    "sp": {"sp.weight": 3000},
+    "pkt": {"pkt.weight": 30000},
+    "nst": {"nst.weight": 50},
+    "vid": {"vid.weight": 1},
+    "cc": {"cc.weight": 0.02},
+    "dist": {"dist.inter_weight": 2, "dist.intra_weight": 2, "dist.weight": 1, "dist.temperature": 4},
+    "ft": {"ft.weight": 200},
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_the_cifar100_recipe_has_the_published_weights(method):
+    pytest.importorskip("hydra")
+    from kd import compose
+
+    cfg = compose("+experiment=crd_cifar100", f"loss=[{method}]")
+    total = losses.build(cfg.loss)
+    assert {key: getattr(total.terms[key.split(".")[0]], key.split(".")[1]) for key in PUBLISHED[method]} == PUBLISHED[
+        method
+    ]
+    assert total.terms["ce"].weight == (0.1 if method == "kd" else 1)
+    for recipe in (cfg.recipe, cfg.teacher.recipe):
+        assert (recipe.epochs, recipe.batch_size, recipe.optimizer, recipe.lr) == (240, 64, "sgd", 0.05)
+        assert (recipe.weight_decay, recipe.milestones, recipe.decay) == (5e-4, [150, 180, 210], 0.1)
+    assert (cfg.augment.crop_padding, cfg.augment.flip) == (4 / 32, True)
+    assert (cfg.dataset.name, cfg.dataset.val_fraction) == ("cifar100", 0)
 
 
 # --- every file of conf/loss on toy networks ---

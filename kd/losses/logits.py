@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd.contracts import Batch, Output
@@ -44,7 +44,7 @@ class LogitTerm(Term):
         self.standardise, self.token = standardise, token
 
     def setup(self, student: Output, teacher: Output | None, num_classes: int, num_samples: int) -> None:
-        """Raises ValueError where the two networks do not have the same classes."""
+        """Raises ValueError where the two networks do not have the same classes, or the student has no token."""
         if teacher is None:
             raise ValueError("compares with a teacher's logits, and there is none (teacher=none)")
         if student.logits.shape[1] != teacher.logits.shape[1]:
@@ -52,6 +52,8 @@ class LogitTerm(Term):
                 f"compares logits class by class, and the student has {student.logits.shape[1]} classes, the teacher "
                 f"{teacher.logits.shape[1]}. Relation terms on features (sp, rkd, pkt) need no common classes."
             )
+        if self.token and isinstance(student.head, nn.Linear):  # one head; a token's logits come in training alone
+            self._student(student)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
         """`compare` on the logits in float32 or better."""
