@@ -215,13 +215,6 @@ def test_an_own_source_by_dotted_path(tmp_path, store):
         f"d = load({{'_target_': 'my_source.noise'}}, store_dir={str(store)!r})\n"
         "print(len(d.train), len(d.val), d.test, d.image_size, d.channels)"
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_path(tmp_path)
-    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert out.stdout.strip() == "36 4 None 12 1", out.stderr
-
-
-def _path(folder):
-    import os
-
-    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.getcwd()}"}

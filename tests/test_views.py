@@ -103,7 +103,7 @@ def test_crop_offsets_are_uniform():
     assert counts.shape == (9,) and (counts - 20_000 / 9).abs().max() < 250
 
 
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("size", [16, 32, 96])
 def test_resized_crop_equals_torchvisions(size):
     from torchvision.transforms.v2 import functional as tv
 

