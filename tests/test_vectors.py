@@ -111,7 +111,7 @@ def test_golden(method, name, case):
     if name.startswith("probe") and ADAPTERS[method].chosen:
         return
     if case["status"] == "ok":
-        tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+        tolerance = 1e-9 if dtype == torch.float64 else float32_tolerance(method, case)
         noise = NOISE if dtype == torch.float64 else 1e-6
         compare(ours, tensors(method, name), given(method, case), tolerance, noise)
 

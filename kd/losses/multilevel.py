@@ -67,7 +67,7 @@ class MultiLevel(LogitTerm):
             raise ValueError("needs a second view of the images (Output.second), and the batch came with one")
         weak = self._student(student), full(teacher.logits).detach()
         strong = self._student(student.second), full(teacher.second.logits).detach()
-        confidence = log_softmax(weak[1]).exp()  # (B, K)
+        confidence = weak[1].softmax(1)  # (B, K)
         images, classes = lower_half(confidence.amax(1)), lower_half(confidence.sum(0))
         every = (*self.temperatures, *self.weak_temperatures)
         return {

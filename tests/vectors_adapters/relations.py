@@ -56,7 +56,8 @@ def crd(inputs, hyperparameters, dtype):
     term = ContrastMemory(stage="stage1", **options)
     student, teacher = outputs(inputs)
     term.setup(student, teacher, num_classes=2, num_samples=total)
-    z = [float("nan")] * 2 if preset is None else preset if isinstance(preset, list) else [preset] * 2
+    z = [float("nan")] * 2 if preset is None else preset
+    z = list(z.values()) if isinstance(z, dict) else z if isinstance(z, list) else [z] * 2
     constants = {
         name: torch.tensor(value, dtype=dtype).log() for name, value in zip(("log_z_s", "log_z_t"), z, strict=True)
     }
