@@ -175,6 +175,41 @@ class EvaluateConfig(Config):
     run: Optional[str] = None
     out: Optional[str] = None
     split: str = "test"
+    trust: bool = False  # load classes outside kd that a model's config.json names
+
+
+@dataclass
+class ExportConfig(EvaluateConfig):
+    """A run, to be written as one file that runs without kd."""
+
+    format: str = "onnx"  # onnx | torch_export | executorch
+    quantize: Optional[str] = None  # int8
+    calibration: int = 256  # training images that set the ranges of int8
+    tolerance: float = 1e-4  # largest difference of a float32 file's logits
+    max_drop: float = 0.02  # largest loss of top-1, as a fraction
+
+
+@dataclass
+class BenchmarkConfig(EvaluateConfig):
+    """One or more runs, or a teacher and a student, to be measured side by side."""
+
+    run: Any = None  # one, or [several]
+    modes: List[str] = field(default_factory=lambda: ["eager"])  # eager | compiled | onnx | torch_export | executorch
+    precisions: List[str] = field(default_factory=lambda: ["fp32"])  # fp32 | bf16 | int8
+    batch_sizes: List[int] = field(default_factory=lambda: [1, 8, 64, 256])
+    seconds: float = 2.0  # for each model, mode, precision and batch size, at least
+    interval: float = 0.03  # goes on, up to five times as long, until the 95 % intervals are this narrow (relative half-width)
+    memory: bool = True
+    calibration: int = 256
+
+
+@dataclass
+class CellSweeper:
+    """hydra/sweeper=cells: every cell, a set of overrides, times every combination of the parameters. See kd/sweep.py."""
+
+    _target_: str = "hydra_plugins.kd_sweeper.CellSweeper"
+    params: Dict[str, Any] = field(default_factory=dict)
+    cells: List[Dict[str, Any]] = field(default_factory=list)
 
 
 def conf_dir() -> Path:
@@ -188,6 +223,9 @@ def register(config_dirs: Iterable[Path] = ()) -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="export_schema", node=ExportConfig)
+    store.store(name="benchmark_schema", node=BenchmarkConfig)
+    store.store(group="hydra/sweeper", name="cells", node=CellSweeper)
     folders = [conf_dir(), *config_dirs]
     for name in sorted({p.stem for folder in folders for p in (Path(folder) / "model").glob("*.yaml")}):
         model = {"/model@_here_": name}
@@ -262,8 +300,10 @@ def reject_unknown_keys(node: DictConfig, path: str = "") -> None:
             reject_unknown_keys(node[key], f"{full}.")
 
 
-def setting_keys(kind: type = EvaluateConfig, path: str = "") -> list[str]:
-    """Every key of the schema, dotted."""
+def setting_keys(kind: type | None = None, path: str = "") -> list[str]:
+    """Every key of the schema, dotted; without a kind, of every entry point."""
+    if kind is None:
+        return list(dict.fromkeys(k for entry in (EvaluateConfig, ExportConfig, BenchmarkConfig) for k in setting_keys(entry)))
     keys = []
     for item in dataclasses.fields(kind):
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
@@ -293,16 +333,18 @@ CHOICES = {
     "baseline": ("train", "find", "off"),
     "dataset.on_error": ("raise", "skip"),
     "dataset.select": ("val", "test"),
+    "format": ("onnx", "torch_export", "executorch"),
     "recipe.compile": ("auto", "on", "off"),
     "recipe.precision": ("auto", "fp32", "bf16"),
     "recipe.schedule": ("cosine", "multistep", "constant"),
+    "quantize": ("int8",),
     "split": ("train", "val", "test"),
     "teacher.average": ("probs", "logits"),
     "teacher.cache": ("auto", "on", "off"),
     "tracker.mode": ("auto", "online", "offline"),
     "tracker.name": ("wandb", "none"),
 }
-POSITIVE = ("recipe.lr", "recipe.batch_size", "recipe.epochs", "recipe.steps", "recipe.minutes", "recipe.accumulate", "recipe.val_every")
+POSITIVE = ("recipe.lr", "recipe.batch_size", "recipe.epochs", "recipe.steps", "recipe.minutes", "recipe.accumulate", "recipe.val_every", "calibration", "seconds")
 FRACTIONS = ("dataset.train_fraction", "dataset.val_fraction", "teacher.train_fraction", "teacher.min_top1", "recipe.ema", "recipe.warmup")
 
 
