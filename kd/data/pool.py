@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ class Streamed:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             collate_fn=_identity,
+            worker_init_fn=_plain_signals,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a base seed: from here, not from the global generator
         )
@@ -93,6 +95,12 @@ class _Reader:
             except BrokenImage as error:
                 return f"{name_of(self.images[row], f'{self.name} image {row}')}: {error}"
         return out.permute(0, 3, 1, 2)
+
+
+def _plain_signals(_: int) -> None:
+    """Ctrl-C goes to the whole group: the parent decides what becomes of the run, with its own handlers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _identity(batch: Any) -> Any:
