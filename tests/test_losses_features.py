@@ -24,6 +24,7 @@ from kd.losses import (
     ReviewKD,
     SimKD,
     SoftmaxRegression,
+    Term,
     Variational,
 )
 from kd.losses.align import grid, pool_larger, to_map, to_tokens, to_vector
@@ -458,3 +459,62 @@ def test_terms_sum_with_their_schedule():
     assert total.student_features == ["stage2", "stage3", "stage4"]
     assert total.factors(1.0) == {"at": 0.0, "ab": 1.0}
     assert total.factors(3.0) == {"at": 2.0, "ab": 0.0}
+
+
+# what the golden vectors catch
+
+
+def detached_variance(self, regressor, log_scale, student, teacher):
+    variance = (nn.functional.softplus(log_scale) + self.eps)[None, :, None, None].detach()
+    return 0.5 * ((regressor(student) - teacher).square() / variance + variance.log()).mean()
+
+
+def inclusive_boundary(self, student, teacher):
+    zero, margin = student.new_zeros(()), self.margin
+    inactive = torch.where((student > -margin) & (teacher <= 0), student + margin, zero)
+    active = torch.where(teacher > 0, student - margin, zero)  # also beyond the margin
+    return self.scale * (inactive.square() + active.square()).sum() / len(student)
+
+
+def unsigned_selectivity(self, student, teacher):
+    s, t = (nn.functional.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+    k = [(a @ b.mT).square().mean() for a, b in ((t, t), (s, s.detach()), (s, t))]  # half of the gradient of k(S, S)
+    return k[0] + k[1] - 2 * k[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "owner", "name", "wrong"),
+    [
+        ("vid", Variational, "likelihood", detached_variance),
+        ("ab", ActivationBoundary, "compare", inclusive_boundary),
+        ("nst", NeuronSelectivity, "compare", unsigned_selectivity),
+    ],
+)
+def test_a_wrong_formula_is_caught(monkeypatch, method, owner, name, wrong):
+    """The check of test_vectors passes with the formula, and fails with a mutated one."""
+    import test_vectors as vectors
+
+    case = vectors.METHODS[method]["cases"]["case0"]
+    vectors.test_golden(method, "case0", case)
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError, match="error"):
+        vectors.test_golden(method, "case0", case)
+
+
+@pytest.mark.parametrize(
+    "method", ["fitnet", "at", "vid", "ab", "ft", "nst", "ofd", "reviewkd_hcl", "simkd", "srrl", "ofa"]
+)
+def test_a_gradient_one_in_a_million_off_is_caught(monkeypatch, method):
+    """The right value with a gradient that is 1 + 1e-6 times itself fails the check of test_vectors."""
+    import test_vectors as vectors
+
+    right = Term.__call__
+
+    def slightly_steeper(self, *inputs):
+        loss = right(self, *inputs)
+        return loss + 1e-6 * (loss - loss.detach())
+
+    case = vectors.METHODS[method]["cases"]["case0"]
+    monkeypatch.setattr(Term, "__call__", slightly_steeper)
+    with pytest.raises(AssertionError, match=r"grad.*error"):
+        vectors.test_golden(method, "case0", case)

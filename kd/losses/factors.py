@@ -46,7 +46,7 @@ class FactorTransfer(FeatureTerm):
     The paper normalises the whole factor with its channels and takes the L1 norm; this is the reference code. A map
     of zeros stays 0.
 
-    Until `paraphraser_epochs` the scalar is the paraphraser's reconstruction error over the term's `weight` (the
+    Until `paraphraser_epochs` the scalar is the paraphraser's relative error over the term's `weight` (the
     student then learns from the other terms alone; published: 30 of 240 epochs); afterwards the paraphraser is
     fixed and the translator learns with the student. `paraphraser_epochs: 0` keeps the paraphraser at its random
     start, a fixed random projection. `rate: null` compares the features themselves, without either.
@@ -84,12 +84,15 @@ class FactorTransfer(FeatureTerm):
         students, teachers = self.maps(student, teacher)
         if self.rate is not None:
             if batch.epoch < self.paraphraser_epochs:
-                errors = [F.mse_loss(p(t), t) for p, t in zip(self.paraphrasers, teachers, strict=True)]
-                return [error / (self.weight or 1.0) for error in errors]  # 200 times it would be far too large a step
+                return [self.unlike(p(t), t) for p, t in zip(self.paraphrasers, teachers, strict=True)]
             students = [translate(s) for translate, s in zip(self.translators, students, strict=True)]
             with torch.no_grad():
                 teachers = [p.encoder(t) for p, t in zip(self.paraphrasers, teachers, strict=True)]
         return [self.compare(*pool_larger(s, t)) for s, t in zip(students, teachers, strict=True)]
+
+    def unlike(self, rebuilt: Tensor, teacher: Tensor) -> Tensor:
+        """The squared error relative to the teacher's square, over `weight`: steps of any other size would diverge."""
+        return F.mse_loss(rebuilt, teacher) / teacher.square().mean().clamp_min(1e-12) / (self.weight or 1.0)
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """mean |N(F_s) - N(F_t)|^q."""
