@@ -109,6 +109,7 @@ class Teacher(Model):
     cache: str = "auto"  # auto | on | off
     members: List[str] = field(default_factory=list)  # of an ensemble: presets or checkpoints
     average: str = "probs"  # of an ensemble: probs | logits
+    classes: List[str] = field(default_factory=list)  # what its outputs mean, in their order, where that is not the dataset's
     recipe: Recipe = field(default_factory=Recipe)
     augment: Augment = field(default_factory=Augment)
 
@@ -179,6 +180,14 @@ class EvaluateConfig(Config):
 
 
 @dataclass
+class CheckConfig(Config):
+    """A teacher, a student and a loss, to be looked at before anything is spent."""
+
+    out: Optional[str] = None  # a JSON file for the figures
+    plot: bool = False  # draw how alike the stages are (CKA)
+
+
+@dataclass
 class ExportConfig(EvaluateConfig):
     """A run, to be written as one file that runs without kd."""
 
@@ -223,6 +232,7 @@ def register(config_dirs: Iterable[Path] = ()) -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
+    store.store(name="check_schema", node=CheckConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(group="hydra/sweeper", name="cells", node=CellSweeper)
@@ -303,7 +313,7 @@ def reject_unknown_keys(node: DictConfig, path: str = "") -> None:
 def setting_keys(kind: type | None = None, path: str = "") -> list[str]:
     """Every key of the schema, dotted; without a kind, of every entry point."""
     if kind is None:
-        return list(dict.fromkeys(k for entry in (EvaluateConfig, ExportConfig, BenchmarkConfig) for k in setting_keys(entry)))
+        return list(dict.fromkeys(k for entry in (EvaluateConfig, CheckConfig, ExportConfig, BenchmarkConfig) for k in setting_keys(entry)))
     keys = []
     for item in dataclasses.fields(kind):
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
@@ -425,6 +435,10 @@ def idle_reason(cfg: Config, key: str) -> str | None:
         return "teacher=none, only the student sees the images"
     if own_training and not auto:
         return f"the teacher comes from teacher.checkpoint={cfg.teacher.checkpoint}, it is not trained here"
+    if key == "teacher.classes" and auto:
+        return "a teacher that is trained here learns the dataset's classes in their order"
+    if key in ("teacher.members", "teacher.average") and cfg.teacher.name != "ensemble":
+        return f"teacher={cfg.teacher.name} is one network; several are teacher=ensemble"
     if key == "augment.flip" and cfg.augment.flip and not cfg.dataset.mirror:
         return f"dataset.mirror=false, a mirrored image of {cfg.dataset.name} would not keep its class"
     if key in ("recipe.milestones", "recipe.decay") and cfg.recipe.schedule != "multistep":

@@ -56,6 +56,12 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["name"] == "none":
         return {"name": "none"}
     settings.pop("cache")
+    if not settings["classes"]:
+        settings.pop("classes")
+    if settings["name"] == "ensemble":
+        settings["members"] = [_member(m) for m in settings["members"]]
+    else:
+        settings.pop("members"), settings.pop("average")
     if settings["checkpoint"] == "auto":
         settings["recipe"] = _recipe(settings["recipe"])
         settings["augment"].pop("teacher_view")
@@ -63,6 +69,14 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
         for key in TRAINING_OF_TEACHER:
             settings.pop(key)
     return _model(settings)
+
+
+def _member(member: str) -> str:
+    """A member of an ensemble, paths replaced by what lies there."""
+    name, _, path = member.partition(":")
+    if Path(member).expanduser().exists():
+        return weights_digest(member)
+    return f"{name}:{weights_digest(path)}" if path else member
 
 
 def _recipe(settings: dict[str, Any]) -> dict[str, Any]:

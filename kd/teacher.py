@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from kd import models, runs
 from kd.config import Config, Student, Teacher
 from kd.contracts import Batch, Output
-from kd.hints import UserError
+from kd.ensemble import Ensemble
+from kd.hints import ConfigError, UserError
+from kd.models.build import per_channel
 
 LABELS_ALONE = {"ce": {"_target_": "kd.losses.CrossEntropy", "weight": 1.0}}
 
@@ -26,6 +29,9 @@ class Loaded:
     classifier: nn.Module
     source: dict[str, Any]  # for the record: run or file, sha256, its test metrics where known
     weights: Path | None = None
+    original: nn.Module | None = None  # float32, batch norm as it is: what `classifier` was before it was frozen
+    digest: str | None = None  # of the data that it was trained on, where that is known
+    members: list[Loaded] = field(default_factory=list)  # of an ensemble
 
 
 def teacher_config(cfg: Config) -> Config:
@@ -48,7 +54,24 @@ def teacher_config(cfg: Config) -> Config:
 
 
 def obtain(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Callable[[str], None]) -> Loaded:
-    """The teacher that `cfg` asks for. `train(config, wait=True)` trains it where there is no finished run yet, once."""
+    """The teacher that `cfg` asks for, in eval mode. `train(config, wait=True)` trains it where there is no finished run yet, once."""
+    if cfg.teacher.name == "ensemble":
+        from kd import ensemble
+
+        together, source, members = ensemble.gather(cfg, lambda member: obtain(member, dataset, train, say))
+        for member, one in zip(cfg.teacher.members, members, strict=True):
+            check_classes(one.classifier, dataset, f"the teacher {member}")
+        return Loaded(together, source, original=together, members=members)
+    loaded = find(cfg, dataset, train, say)
+    reread(loaded.classifier, cfg.teacher)
+    if cfg.teacher.classes:
+        reorder(loaded.classifier, cfg.teacher.classes, dataset.classes)
+    loaded.original = loaded.classifier.eval()
+    return loaded
+
+
+def find(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Callable[[str], None]) -> Loaded:
+    """One teacher's classifier as it was saved."""
     if cfg.teacher.checkpoint == "auto":
         run = train(teacher_config(cfg), wait=True)
         return from_run(run, cfg)
@@ -78,7 +101,7 @@ def from_run(run: runs.Run, cfg: Config) -> Loaded:
         "sha256": runs.files.digest(weights),
         "metrics": {n: v for n, v in metrics.items() if n.startswith("test/")},
     }
-    return Loaded(models.load(folder), source, weights)
+    return Loaded(models.load(folder), source, weights, digest=run.record.get("dataset", {}).get("digest"))
 
 
 def from_file(cfg: Config, dataset: Any, weights: Path, say: Callable[[str], None]) -> Loaded:
@@ -92,35 +115,86 @@ def from_file(cfg: Config, dataset: Any, weights: Path, say: Callable[[str], Non
     return Loaded(classifier, source, weights)
 
 
+def reread(classifier: nn.Module, wanted: Teacher) -> None:
+    """Give a saved classifier the preprocessing that was typed: `teacher.preprocess.mean`, `std`, `interpolation`, `crop_pct`."""
+    typed = {k: v for k, v in dataclasses.asdict(wanted.preprocess).items() if v is not None and k != "size"}
+    now = classifier.preprocess.settings()
+    for key in ("mean", "std"):
+        if key in typed:
+            typed[key] = per_channel(typed[key], len(now[key]))
+    if any(now[k] != v for k, v in typed.items()):
+        classifier.preprocess = type(classifier.preprocess)(**{**now, **typed})
+
+
+def reorder(classifier: nn.Module, names: list[str], wanted: list[str]) -> None:
+    """Make the outputs, which are `names` in their order, the data set's classes in theirs. Raises ConfigError for other names."""
+    if sorted(names) != sorted(wanted):
+        strange = sorted(set(names) ^ set(wanted))
+        raise ConfigError(
+            f"teacher.classes: expected the {len(wanted)} classes of the data set, each once; look at {', '.join(strange[:5])}"
+        )
+    take = torch.tensor([names.index(name) for name in wanted])
+    heads = classifier.network.get_classifier()
+    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+        last = [
+            m for m in head.modules() if getattr(m, "weight", None) is not None and m.weight.shape[0] == len(names)
+        ][-1]
+        for parameter in last.parameters(recurse=False):
+            parameter.data = parameter.data[take.to(parameter.device)]
+    classifier.classes = list(wanted)
+
+
 def check_classes(classifier: nn.Module, dataset: Any, where: str) -> None:
-    """The classifier's classes are the dataset's, in the same order."""
+    """The classifier's classes are the dataset's, in the same order, or UserError."""
     names, wanted = list(classifier.classes or []), list(dataset.classes)
     if classifier.num_classes != len(wanted):
         raise UserError(
             f"{where} has {classifier.num_classes} classes, the dataset has {len(wanted)}: a new head would be random. "
             "Give weights trained on this dataset (teacher.checkpoint=PATH), or teacher.checkpoint=auto to fine-tune it first"
         )
-    if names and names != wanted:
-        at = next(i for i, (a, b) in enumerate(zip(names, wanted, strict=True)) if a != b)
+    if not names or names == wanted:
+        return
+    at = next(i for i, (a, b) in enumerate(zip(names, wanted, strict=True)) if a != b)
+    if sorted(names) == sorted(wanted):
         raise UserError(
-            f"{where} learnt other classes or another order: its class {at} is '{names[at]}', the dataset's is '{wanted[at]}'. "
-            "Give a teacher of this dataset: teacher.checkpoint=auto, or rename the class folders"
+            f"{where} has the dataset's classes in another order: its class {at} is '{names[at]}', the dataset's is '{wanted[at]}'. "
+            f"Type {typed_classes(names)}, or teacher.checkpoint=auto to train one on this dataset"
         )
+    raise UserError(
+        f"{where} learnt other classes, those of another dataset: its class {at} is '{names[at]}', the dataset's is '{wanted[at]}'. "
+        "Give a teacher of this dataset: teacher.checkpoint=auto, or rename the class folders"
+    )
+
+
+def typed_classes(names: list[str]) -> str:
+    """`teacher.classes=[...]` as a shell takes it."""
+    quoted = [n if re.fullmatch(r"[A-Za-z_][\w.+-]*", n) else '"' + n.replace('"', r"\"") + '"' for n in names]
+    return f"'teacher.classes=[{','.join(quoted)}]'"
 
 
 def freeze(classifier: nn.Module, device: str, half: bool) -> nn.Module:
-    """In eval for good, without gradients, batch norm folded into the convolutions, in bfloat16 where the run is."""
+    """A copy in eval for good, without gradients, batch norm folded into the convolutions, in bfloat16 where the run is."""
+    if isinstance(classifier, Ensemble):
+        return Ensemble([freeze(member, device, half) for member in classifier.members], classifier.average).eval()
     classifier = models.fold_batchnorm(classifier.eval()).to(device).eval().requires_grad_(False)
     if half:
         classifier.network.to(torch.bfloat16)
     return classifier.to(memory_format=torch.channels_last)
 
 
-def asker(classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str]) -> Callable[[Batch, Batch], Output]:
+def asker(
+    classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str]
+) -> Callable[[Batch, Batch], Output]:
     """(view, raw batch) -> the teacher's output on the view that `augment.teacher_view` says, without gradients."""
 
     def ask(batch: Batch, raw: Batch) -> Output:
-        images = batch.images if policy == "same" else view.clean(raw).images if policy == "clean" else view(raw, stream=2).images
+        images = (
+            batch.images
+            if policy == "same"
+            else view.clean(raw).images
+            if policy == "clean"
+            else view(raw, stream=2).images
+        )
         with torch.inference_mode():
             output = classifier(images, features)
         return usable(output)
@@ -135,29 +209,30 @@ def usable(output: Output) -> Output:
     return Output(output.logits.clone(), features, output.head, extra)
 
 
-def score(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> dict[str, float]:
-    """top1 and nll on val (train where there is no val), as the students will hear it."""
+def hear(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> tuple[str, Any, Tensor]:
+    """(name, split, logits) on val, or on train where there is no val, as the students will hear it."""
     from kd import metrics
 
     split = dataset.val if dataset.val is not None and len(dataset.val) else dataset.train
-    name = "val" if split is dataset.val else "train"
-
-    def ask(images: Tensor) -> Tensor:
-        return classifier(images).logits
-
-    found = metrics.quick(metrics.logits_of(ask, split, device, autocast), split.targets)
-    return metrics.named(name, found)
+    return (
+        "val" if split is dataset.val else "train",
+        split,
+        metrics.logits_of(lambda x: classifier(x).logits, split, device, autocast),
+    )
 
 
-def require_quality(found: dict[str, float], cfg: Config, classes: int) -> None:
-    """Stop where the teacher knows too little to teach."""
-    floor = cfg.teacher.min_top1 if cfg.teacher.min_top1 is not None else min(2 / classes, 0.5 + 0.5 / classes)
-    top1 = next(v for n, v in found.items() if n.endswith("/top1"))
-    if top1 < floor:
-        raise UserError(
-            f"the teacher {cfg.teacher.name} has a top-1 of {100 * top1:.1f} % through the path it teaches by, below "
-            f"{100 * floor:.1f} % (teacher.min_top1). Are these weights of this dataset, with this preprocessing "
-            "(teacher.preprocess.mean=[...]) and class order? teacher.min_top1=0 lets it teach all the same"
-        )
+def floor(cfg: Config, num_classes: int) -> float:
+    """The least top-1 that a teacher must have: `teacher.min_top1`, else twice chance."""
+    return cfg.teacher.min_top1 if cfg.teacher.min_top1 is not None else min(2 / num_classes, 0.5 + 0.5 / num_classes)
 
 
+def score(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> dict[str, float]:
+    """Replaced by the diagnosis."""
+    from kd import metrics
+
+    name, split, logits = hear(classifier, dataset, device, autocast)
+    return metrics.named(name, metrics.quick(logits, split.targets))
+
+
+def require_quality(found, cfg, classes):
+    """Replaced by the diagnosis."""
