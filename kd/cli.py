@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -37,11 +38,8 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
     _terminable()
 
-    def task(composed) -> Any:
-        return _task(composed, job)
-
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(Task(job))()
     except Exception as error:
         sys.exit(report(error))
     except KeyboardInterrupt:
@@ -61,19 +59,32 @@ def help_text(about: str, config_dirs: list[Path]) -> str:
     return "\n".join([about.strip(), "", "Choices (GROUP=NAME)", *lines, "", SETTINGS])
 
 
-def _task(composed, job: Callable[[Config], Any]) -> Any:
-    """One job of Hydra. A job of a multirun raises; a single run ends the process with its own exit code."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+class Task:
+    """One job of Hydra, known by name: a launcher's processes import it, and `python -m` has one copy of its module, not two.
 
-    hydra_config = HydraConfig.get()
-    single = hydra_config.mode == RunMode.RUN
-    try:
-        return job(settle(composed, list(hydra_config.overrides.task), strict=single))
-    except Exception as error:
-        if not single:
-            raise
-        sys.exit(report(error))
+    A job of a multirun raises; a single run, or a signal, ends the process with its own exit code.
+    """
+
+    def __init__(self, job: Callable[[Config], Any]):
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        self.module = spec.name if job.__module__ == "__main__" and spec else job.__module__
+        self.name = job.__name__
+
+    def __call__(self, composed) -> Any:
+        """Run the job on the settings that Hydra composed."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra_config = HydraConfig.get()
+        single = hydra_config.mode == RunMode.RUN
+        try:
+            job = getattr(importlib.import_module(self.module), self.name)
+            return job(settle(composed, list(hydra_config.overrides.task), strict=single))
+        except Exception as error:
+            if not single and not isinstance(error, Interrupted):
+                raise
+            sys.exit(report(error))
 
 
 def report(error: Exception) -> int:
