@@ -105,7 +105,7 @@ def build_timm(spec: Mapping, built: dict, pretrained: bool) -> tuple[nn.Module,
     sizing.check_args(name, spec["args"])
     weights = hub.find_weights(name) if pretrained else None
     network, built["args"], built["stem"] = sizing.create_sized(
-        name, spec["args"], built["num_classes"], built["in_channels"], built["size"], weights
+        name, spec["args"], built["num_classes"], built["in_channels"], built["size"], weights=weights
     )
     return finish_timm(network), origin_of(network, built, weights is not None)
 

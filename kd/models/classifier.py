@@ -102,6 +102,7 @@ class Classifier(nn.Module):
     def dry_forward(self) -> None:
         """One image through the network, in eval mode: what the stages look like, and whether the head is what it seems."""
         self.taps = tapping.find_taps(self.network)
+        forget_caches(self.network)
         parameter, training = next(self.network.parameters()), self.network.training
         x = self._probe(parameter.dtype, parameter.device)
         self.network.eval()
@@ -112,8 +113,11 @@ class Classifier(nn.Module):
                 tapping.settle_head(self.network, self.taps, final)
         finally:
             self.network.train(training)
-        for name in [n for n, m in maps.items() if m.ndim != 4]:
-            self.taps.reasons[name] = f"its map has the shape {tuple(maps.pop(name).shape)}"
+        for name in [n for n, m in maps.items() if not (torch.is_tensor(m) and m.ndim == 4)]:
+            del maps[name]
+            self.taps.reasons[name] = "the network has no map (B, C, H, W) there"
+        if "stage4" not in maps:
+            self.taps.reasons["tokens"] = "the network has no last map"
         self._stages = {n: self._describe(n, m) for n, m in maps.items()}
 
     def _probe(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,5 +144,13 @@ class Classifier(nn.Module):
         self._read = torch.compile(tapping.read, **options)
 
     def __getstate__(self) -> dict:
-        """A copy starts uncompiled: compiled code belongs to the module that it was traced on."""
+        """A copy starts uncompiled (compiled code belongs to the module that it was traced on) and without caches."""
+        forget_caches(self.network)
         return {**self.__dict__, "_read": tapping.read}
+
+
+def forget_caches(network: nn.Module) -> None:
+    """Drop the position biases that some of timm's attention layers keep in eval mode: new weights would not reach them."""
+    for module in network.modules():
+        if getattr(module, "attention_bias_cache", None):
+            module.attention_bias_cache = {}

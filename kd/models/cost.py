@@ -28,10 +28,13 @@ def count_macs(model: nn.Module, image_size: int | None = None, in_channels: int
         image_size = image_size or model.preprocess.size
     parameter, training = next(network.parameters()), network.training
     images = torch.zeros(1, in_channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    detached = {
+        n: p.detach() for n, p in network.named_parameters()
+    }  # the counter hooks whatever could have a gradient
     network.eval()
     try:
         with FlopCounterMode(display=False) as counter:
-            network(images)
+            torch.func.functional_call(network, detached, images)
     finally:
         network.train(training)
     return counter.get_total_flops() // 2

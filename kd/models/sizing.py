@@ -15,6 +15,7 @@ from torch import nn
 
 CLASH = re.compile(r"multiple values for keyword argument '(\w+)'")
 SMALL = 96  # pixels; below it networks made for photographs would shrink their maps to nothing
+FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError, AttributeError, IndexError)
 RESERVED = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "num_classes", "in_chans",
     "features_only", "model_name", "scriptable", "exportable", "no_jit",
@@ -91,7 +92,7 @@ def probe_reductions(name: str, args: Mapping[str, Any]) -> list[int]:
     try:
         with torch.device("meta"):
             return reductions(create(name, args, 10, 3))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError):
+    except FAILURES:
         return []
 
 
@@ -127,7 +128,7 @@ def overriding(name: str, args: Mapping[str, Any]) -> Iterator[None]:
 
 
 def create_sized(
-    name: str, args: Mapping[str, Any], num_classes: int, in_channels: int, size: int, weights: Path | None = None
+    name: str, args: Mapping[str, Any], num_classes: int, in_channels: int, size: int, *, weights: Path | None = None
 ) -> tuple[nn.Module, dict[str, Any], str]:
     """(network, the arguments it was built with, its stem: own or small).
 
@@ -137,43 +138,34 @@ def create_sized(
     check_args(name, args)
     args = dict(args)
     wish = args.pop("small_stem", None)
-    first = None
+    failures: list[Exception] = []
     for choice in size_arguments(name, args, size, weights is not None):
-        try:
-            network = create(name, {**args, **choice}, num_classes, in_channels, weights)
-            small = wish if wish is not None else (size < SMALL and weights is None and "patch_size" not in choice)
-            stem = "small" if small and small_stem(network) else "own"
-            try_forward(network, in_channels, size)
-            return network, {**args, **choice}, stem
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AssertionError,
-            ZeroDivisionError,
-            AttributeError,
-            IndexError,
-        ) as error:
-            if first is None or not unexpected_argument(error):
-                first = error if first is None or unexpected_argument(first) else first
+        small = size < SMALL and weights is None and "patch_size" not in choice
+        for stem in (wish,) if wish is not None else (True, False) if small else (False,):
+            try:
+                network = create(name, {**args, **choice}, num_classes, in_channels, weights)
+                changed = stem and small_stem(network)
+                try_forward(network, in_channels, size)
+                return network, {**args, **choice}, "small" if changed else "own"
+            except FAILURES as error:
+                failures.append(error)
+    telling = [e for e in failures if "unexpected keyword" not in str(e)] or failures
+    reason = str(telling[-1]).strip() or f"{type(telling[-1]).__name__} in its code"
     raise ValueError(
-        f"{name} cannot be built for {size}x{size} pixels with {dict(args)}: {first}. "
+        f"{name} cannot be built for {size}x{size} pixels with {dict(args)}: {reason}. "
         f"Feed it larger images (preprocess.size=224), or give it other args."
-    ) from first
-
-
-def unexpected_argument(error: Exception) -> bool:
-    """Whether a constructor merely did not know an argument."""
-    return isinstance(error, TypeError) and "unexpected keyword" in str(error)
+    ) from telling[-1]
 
 
 @torch.no_grad()
 def try_forward(network: nn.Module, in_channels: int, size: int) -> None:
-    """One image through the network in eval mode; raises what the network raises."""
+    """One image through the network in eval mode; raises what the network raises, ValueError when its maps vanish."""
     parameter, training = next(network.parameters()), network.training
     network.eval()
-    network(torch.zeros(1, in_channels, size, size, device=parameter.device))
+    logits = network(torch.zeros(1, in_channels, size, size, device=parameter.device))
     network.train(training)
+    if parameter.device.type != "meta" and not logits.isfinite().all():
+        raise ValueError("its maps shrink to nothing")
 
 
 def small_stem(network: nn.Module) -> bool:

@@ -105,6 +105,7 @@ def head_by_type(network: nn.Module) -> nn.Module | None:
     head = network.get_classifier() if hasattr(network, "get_classifier") else None
     if isinstance(head, tuple | list):
         return MeanHead(head, split=False)
+    head = getattr(head, "fc", head)  # pooling and layer in one module
     if isinstance(head, nn.Conv2d):
         return ConvHead(head)
     return None if isinstance(head, nn.Identity) else head
@@ -130,7 +131,7 @@ def settle_head(network: nn.Module, taps: Taps, final: Tensor) -> None:
             taps.split = split
             try:
                 same = torch.allclose(candidate(penultimate(network, taps, final)), logits, rtol=1e-4, atol=1e-4)
-            except (RuntimeError, TypeError, IndexError):
+            except (RuntimeError, TypeError, IndexError, AttributeError):
                 same = False
             if same:
                 taps.head = candidate
@@ -186,7 +187,7 @@ def features(network: nn.Module, taps: Taps, x: Tensor, stages: Sequence[str]) -
 def tokens(final: Tensor, last_map: Tensor, prefix: int) -> Tensor:
     """(B, N, C): a transformer's last patch tokens, normalised; of another network the positions of its last map."""
     count = last_map.shape[2] * last_map.shape[3]
-    if final.ndim == 3 and final.shape[1] == count + prefix:
+    if torch.is_tensor(final) and final.ndim == 3 and final.shape[1] == count + prefix:
         return final[:, prefix:]
     return last_map.flatten(2).transpose(1, 2)
 
