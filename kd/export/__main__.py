@@ -1,0 +1,5 @@
+"""`python -m kd.export`."""
+
+from kd.export import main
+
+main()
