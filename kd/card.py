@@ -161,6 +161,8 @@ def _cost(record: dict[str, Any]) -> str:
         f"{cost['parameters']:,} parameters, {cost['macs'] / 1e6:,.1f} M multiply-accumulates an image, "
         f"{cost['size_mib']:.2f} MiB of weights."
     )
+    if "latency_ms" not in cost:
+        return f"## Efficiency\n\n{size} Not timed: the run was one of a sweep. `python -m kd.benchmark run=RUN_DIR` does it."
     speed = (
         f"{cost['precision']}, preprocessing counted in, on {machine['device_name']} ({_threads(cost['threads'])}, "
         f"torch {machine['torch']}): {cost['latency_ms']:.2f} ms for one image, {cost['images_per_s']:,.0f} images/s "

@@ -45,6 +45,23 @@ def full(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) 
     return found
 
 
+def mistakes(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Of the teacher's mistakes, the shares that the student copies (the same wrong class) and mends; empty where there are none."""
+    student, teacher = logits.argmax(1), teacher_logits.argmax(1)
+    wrong = teacher != targets
+    if not wrong.any():
+        return {}
+    copied, mended = student[wrong] == teacher[wrong], student[wrong] == targets[wrong]
+    return {"mistakes_copied": copied.double().mean().item(), "mistakes_mended": mended.double().mean().item()}
+
+
+def recalls(logits: Tensor, targets: Tensor) -> list[float]:
+    """Recall of each class, (K,); 0 where a class has no image."""
+    right = (logits.argmax(1) == targets).double()
+    counts = torch.bincount(targets, minlength=logits.shape[1])
+    return (torch.bincount(targets, right, minlength=logits.shape[1]) / counts.clamp(min=1)).tolist()
+
+
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
     """Counts (K, K): rows are true classes, columns predictions."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix

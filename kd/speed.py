@@ -45,7 +45,10 @@ def size_mib(weights: Path) -> float:
     return weights.stat().st_size / 2**20
 
 
-def summary(classifier: torch.nn.Module, weights: Path, dataset: Any, device: str) -> dict[str, float]:
-    """The efficiency figures of a run's record."""
+def summary(classifier: torch.nn.Module, weights: Path, dataset: Any, device: str, timed: bool = True) -> dict[str, float]:
+    """The efficiency figures of a run's record; without `timed` only those that need no clock."""
+    if not timed:
+        counted = {"parameters": models.count_parameters(classifier), "macs": models.count_macs(classifier, dataset.image_size)}
+        return {**counted, "size_mib": size_mib(weights)}
     figures = measure(classifier, dataset.image_size, dataset.channels, device)
     return {**figures, "size_mib": size_mib(weights), "precision": "fp32", "batch_size": BATCH, "threads": torch.get_num_threads()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -161,7 +162,8 @@ def open_tracker(run: Any, cfg: Config) -> Tracker:
         return Tracker(run.folder)
     sitting = hashlib.sha256(f"{run.record['fingerprint']} {run.record['created']}".encode()).hexdigest()[:12]
     tags = [cfg.dataset.name, cfg.student.name, cfg.teacher.name]
-    return WandbTracker(run.folder, cfg.tracker, run.name, sitting, run.record["config"], tags)
+    settings = dataclasses.replace(cfg.tracker, group=cfg.tracker.group or cfg.sweep_name)
+    return WandbTracker(run.folder, settings, run.name, sitting, run.record["config"], tags)
 
 
 def publish(tracker: Tracker, run: Any, teacher: Any) -> None:

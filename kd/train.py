@@ -62,6 +62,10 @@ def _run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) ->
     this = runs.place(cfg, runs.fingerprint(settings))
     if cfg.dry:
         say(f"{this.folder}: {this.status or 'new'}")
+        if cfg.teacher.name != "none" and not this.done:
+            from kd import check
+
+            check.short(cfg, dataset, where, say)
         return this
     with runs.lock(this, wait, say):
         if this.done and not cfg.fresh:
@@ -139,16 +143,17 @@ def labels_only(terms: dict[str, Any]) -> dict[str, Any]:
 
 def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callable[[str], None]) -> Any:
     """The frozen teacher, checked and scored through the path it teaches by."""
-    from kd import device, teacher
+    from kd import check, device, diagnose, finding, teacher
 
+    check.before_teacher(cfg, dataset)
     loaded = teacher.obtain(cfg, dataset, _run, say)
     teacher.check_classes(loaded.classifier, dataset, f"the teacher {cfg.teacher.name}")
     half = device.resolve_precision(cfg.recipe.precision, where) == "bf16"
     loaded.classifier = teacher.freeze(loaded.classifier, where, half)
-    found = teacher.score(loaded.classifier, dataset, where, half)
-    this.update(teacher={**loaded.source, "name": cfg.teacher.name, **found})
-    say(f"teacher {cfg.teacher.name}: " + ", ".join(f"{n} {100 * v:.1f} %" for n, v in found.items() if n.endswith("top1")))
-    teacher.require_quality(found, cfg, dataset.num_classes)
+    figures, findings = diagnose.diagnose(loaded, dataset, cfg, where, half)
+    this.update(teacher={**loaded.source, "name": cfg.teacher.name, **figures})
+    say(check.teacher_line(cfg, figures))
+    finding.stop(findings, say)
     return loaded
 
 
@@ -156,18 +161,14 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     """Student, loss, optimiser and view, ready for the first step."""
     import torch
 
-    from kd import data, device, losses, models
+    from kd import data, device, models, pairs
     from kd import teacher as teachers
     from kd.loop import Training
     from kd.optim import make_optimizer
 
     recipe = cfg.recipe
-    torch.manual_seed(cfg.seed)
-    student, source = make_student(cfg, dataset)
-    loss = losses.build(cfg.loss)
-    sample = next(dataset.train.batches(min(4, len(dataset.train)), device="cpu")).images
-    dry = [_dry(model, sample, wanted) for model, wanted in ((student, loss.student_features), (teacher and teacher.classifier, loss.teacher_features))]
-    loss.setup(*dry, dataset.num_classes, dataset.num_samples)
+    matched = match(cfg, dataset, teacher and teacher.classifier)
+    student, loss, source = matched.student, matched.loss, matched.source
     student, loss = student.to(where, memory_format=torch.channels_last), loss.to(where)
     view = data.View(dataclasses.asdict(cfg.augment), dataset.image_size, dataset.mirror, dataset.num_classes)
     ask = teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features) if teacher else None
@@ -196,7 +197,34 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     say(f"{cfg.student.name} ({this.record['parameters'] / 1e6:.2f} M parameters, {source}) on {cfg.dataset.name} at {dataset.image_size} px, "
         f"{len(dataset.train)} training images, {training.steps} steps of {recipe.batch_size}, {precision} on {where}")  # fmt: skip
     say(f"loss = {loss.describe()}")
+    if teacher is not None:
+        say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
     return training
+
+
+@dataclasses.dataclass
+class Match:
+    """A student and a loss whose projections fit the two networks."""
+
+    student: Any
+    source: str  # what the student's weights were initialised from
+    loss: Any
+    outputs: list[Any]  # of the student and the teacher (None without one) on a few images
+
+
+def match(cfg: Config, dataset: Any, teacher: Any) -> Match:
+    """Student and loss, from `seed`; ValueError where a term is undefined for this pair of networks."""
+    import torch
+
+    from kd import losses
+
+    torch.manual_seed(cfg.seed)
+    student, source = make_student(cfg, dataset)
+    loss = losses.build(cfg.loss)
+    sample = next(dataset.train.batches(min(4, len(dataset.train)), device="cpu")).images
+    outputs = [_dry(model, sample, wanted) for model, wanted in ((student, loss.student_features), (teacher, loss.teacher_features))]
+    loss.setup(*outputs, dataset.num_classes, dataset.num_samples)
+    return Match(student, source, loss, outputs)
 
 
 def make_student(cfg: Config, dataset: Any) -> tuple[Any, str]:
@@ -331,17 +359,25 @@ def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None
     if not (checkpoints.folder / "best").is_dir():
         checkpoints.save("best", training.kept)  # without a validation split the last is the best
     found = {n: v for n, v in training.progress.best.items() if "/" in n}
-    teacher_logits = None
+    teacher_logits, per_class = None, {}
     if dataset.test is not None:
-        if teacher is not None and teacher.weights is not None:
-            teacher_logits = _test_logits(models.load(teacher.weights.parent), dataset, training.device) if (teacher.weights.parent / "config.json").exists() else None
+        if teacher is not None:
+            teacher_logits = _test_logits(teacher.original, dataset, training.device)
         for name, prefix in (("best", "test"), ("last", "test_last")):
             classifier = models.load(checkpoints.folder / name)
             logits = _test_logits(classifier, dataset, training.device)
             found |= metrics.named(prefix, metrics.full(logits, dataset.test.targets, teacher_logits))
+            if name == "best":
+                per_class["student"] = metrics.recalls(logits, dataset.test.targets)
+                if teacher_logits is not None:
+                    found |= metrics.named("test", metrics.mistakes(logits, teacher_logits, dataset.test.targets))
+        if teacher_logits is not None:
+            per_class["teacher"] = metrics.recalls(teacher_logits, dataset.test.targets)
+            found |= metrics.named("teacher/test", metrics.full(teacher_logits, dataset.test.targets))
     weights = checkpoints.folder / "best" / "model.safetensors"
-    figures = speed.summary(models.load(weights.parent), weights, dataset, training.device)
-    this.update(metrics=found, efficiency=figures)
+    alone = this.record["sweep"] is None  # side by side nothing can be timed: the report does it, once for each network
+    figures = speed.summary(models.load(weights.parent), weights, dataset, training.device, timed=alone)
+    this.update(metrics=found, per_class=per_class, efficiency=figures)
     card.write(this)
 
 
