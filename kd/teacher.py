@@ -224,15 +224,3 @@ def hear(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> tu
 def floor(cfg: Config, num_classes: int) -> float:
     """The least top-1 that a teacher must have: `teacher.min_top1`, else twice chance."""
     return cfg.teacher.min_top1 if cfg.teacher.min_top1 is not None else min(2 / num_classes, 0.5 + 0.5 / num_classes)
-
-
-def score(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> dict[str, float]:
-    """Replaced by the diagnosis."""
-    from kd import metrics
-
-    name, split, logits = hear(classifier, dataset, device, autocast)
-    return metrics.named(name, metrics.quick(logits, split.targets))
-
-
-def require_quality(found, cfg, classes):
-    """Replaced by the diagnosis."""
