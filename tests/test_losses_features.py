@@ -436,6 +436,9 @@ def test_heads_that_are_not_linear():
     wrapped = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4))
     layer, x = linear_head(wrapped, 3), torch.randn(2, 3)
     torch.testing.assert_close(layer(x), wrapped.eval()(x))
+    half = linear_head(copy.deepcopy(wrapped).bfloat16(), 3)  # a frozen teacher's, on a GPU
+    assert half.weight.dtype == torch.float32
+    torch.testing.assert_close(half(x), layer(x), rtol=0.02, atol=0.02)
 
 
 def test_errors_say_what_can_be_done():

@@ -27,22 +27,26 @@ def linear_head(head: nn.Module | None, width: int) -> nn.Linear:
     """
     if head is None:
         raise ValueError("needs the teacher's classifier head, and this teacher gives none. Use fitnet or reviewkd")
-    if isinstance(head, nn.Linear):
-        layer = copy.deepcopy(head)
-    else:
-        head = copy.deepcopy(head).eval()
-        at = next(iter([*head.parameters(), *head.buffers()]), torch.zeros(()))
-        zero = head(torch.zeros(1, width, dtype=at.dtype, device=at.device))
-        weight = (head(torch.eye(width, dtype=at.dtype, device=at.device)) - zero).T  # (K, D)
-        probe = torch.linspace(-1, 1, width, dtype=at.dtype, device=at.device)[None]
-        if not torch.allclose(head(probe), probe @ weight.T + zero, rtol=1e-3, atol=1e-4):
-            raise ValueError("the teacher's head is not linear in its penultimate features. Use fitnet or reviewkd")
-        layer = nn.Linear(width, weight.shape[0], device=at.device, dtype=at.dtype)
-        layer.weight.copy_(weight)
-        layer.bias.copy_(zero[0])
+    head = copy.deepcopy(head).eval()
+    at = next(iter([*head.parameters(), *head.buffers()]), torch.zeros(()))
+    head = head if at.dtype == torch.float64 else head.float()
+    layer = head if isinstance(head, nn.Linear) else read_out(head, width, full(at))
     if layer.in_features != width:
         raise ValueError(f"the teacher's head takes {layer.in_features} features, the chosen stage has {width}")
-    return (layer if layer.weight.dtype == torch.float64 else layer.float()).requires_grad_(False)
+    return layer.requires_grad_(False)
+
+
+def read_out(head: nn.Module, width: int, like: Tensor) -> nn.Linear:
+    """The linear layer of an affine head, from what it does to zero and to unit vectors; `like` gives dtype and device."""
+    zero = head(like.new_zeros(1, width))
+    weight = (head(torch.eye(width, dtype=like.dtype, device=like.device)) - zero).T  # (K, D)
+    probe = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)[None]
+    if not torch.allclose(head(probe), probe @ weight.T + zero, rtol=1e-3, atol=1e-4):
+        raise ValueError("the teacher's head is not linear in its penultimate features. Use fitnet or reviewkd")
+    layer = nn.Linear(width, weight.shape[0], device=like.device, dtype=like.dtype)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(zero[0])
+    return layer
 
 
 def pooled_is_penultimate(teacher: Output, stage: str) -> bool:
