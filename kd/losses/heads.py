@@ -37,7 +37,7 @@ def linear_head(head: nn.Module | None, width: int) -> nn.Linear:
 
 
 def read_out(head: nn.Module, width: int, like: Tensor) -> nn.Linear:
-    """The linear layer of an affine head, from what it does to zero and to unit vectors; `like` gives dtype and device."""
+    """The linear layer of an affine head, from its answers to zero and to unit vectors; dtype and device of `like`."""
     zero = head(like.new_zeros(1, width))
     weight = (head(torch.eye(width, dtype=like.dtype, device=like.device)) - zero).T  # (K, D)
     probe = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)[None]
