@@ -155,7 +155,8 @@ def estimate(cells: Sequence[Cell], at_once: int = 1) -> float:
 def _pair(cfg: Config) -> str:
     """What a step's time depends on."""
     teacher = replace(cfg.teacher, epoch=None, seed=0)
-    return repr((cfg.student, teacher, cfg.loss, cfg.recipe.batch_size, cfg.augment, cfg.dataset.name, cfg.dataset.image_size))
+    data = (cfg.dataset.name, cfg.dataset.image_size)
+    return repr((cfg.student, teacher, cfg.loss, cfg.recipe.batch_size, cfg.augment, data))
 
 
 def _length(cfg: Config, dataset: Any, step_seconds: float) -> float:
@@ -225,16 +226,20 @@ def show(name: str, cells: Sequence[Cell], asked: int, seconds: float | None, at
         table.add_column(column, justify="right" if column == "about" else "left", overflow="fold")
     for cell in cells:
         about = f"{cell.seconds:.0f} s" if cell.seconds else ""
-        table.add_row(cell.label, cell.run.name if cell.run else "", f"failed: {cell.problem}" if cell.problem else cell.state, about)
+        state = f"failed: {cell.problem}" if cell.problem else cell.state
+        table.add_row(cell.label, cell.run.name if cell.run else "", state, about)
     Console(width=None if os.isatty(1) else 150).print(table)
     todo = [c for c in cells if c.pending]
     teachers = {c.teacher.name for c in todo if c.teacher is not None and not c.teacher.done}
     equal = f" ({asked} asked for, equal ones run once)" if asked != len(cells) else ""
-    print(f"{len(cells)} cells{equal}: {sum(not c.pending and not c.problem for c in cells)} done, {len(todo)} to run", end="")
-    print(f", {len(teachers)} teachers to train first" if teachers else "", end="")
+    done = sum(not c.pending and not c.problem for c in cells)
+    first = f", {len(teachers)} teachers to train first" if teachers else ""
     beside = f", {at_once} at once" if at_once > 1 else ""
-    print(f"; about {_span(seconds)}{beside}" if seconds is not None and todo else "", flush=True)
+    span = f"; about {_span(seconds)}{beside}" if seconds is not None and todo else ""
+    print(f"{len(cells)} cells{equal}: {done} done, {len(todo)} to run{first}{span}", flush=True)
 
 
 def _span(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,15 @@ def labels(expanded: Sequence[Sequence[str]]) -> list[str]:
         varied = [o for o in overrides if len(holders[o]) < len(expanded)]
         return [o for at, o in enumerate(varied) if not any(holders[p] <= holders[o] for p in varied[:at])]
 
-    return [" ".join(o.lstrip("+").replace("recipe@teacher.recipe", "teacher.recipe") for o in telling(run)) for run in expanded]
+    def plain(override: str) -> str:
+        return override.lstrip("+").replace("recipe@teacher.recipe", "teacher.recipe")
+
+    return [" ".join(plain(o) for o in telling(run)) for run in expanded]
 
 
-def run(expanded: Sequence[tuple[str, ...]], arguments: Sequence[str], config: Any, launcher: Any, context: Any) -> list[Any]:
+def run(
+    expanded: Sequence[tuple[str, ...]], arguments: Sequence[str], config: Any, launcher: Any, context: Any
+) -> list[Any]:
     """Plan the runs, launch what is not done, write the manifest, and sum up; gives the cells.
 
     Raises SweepError at the end where a cell failed.
@@ -105,7 +110,10 @@ def run(expanded: Sequence[tuple[str, ...]], arguments: Sequence[str], config: A
     manifest = Manifest(Path(config.runs_dir), name, command(arguments, config))
     manifest.write(cells)
     try:
-        launch([c for c in cells if c.pending], launcher, context, composer, manifest, cells)
+        for finished in launch([c for c in cells if c.pending], launcher, context, composer):
+            for cell, job in finished:
+                note(cell, job)
+            manifest.write(cells)
     finally:
         manifest.write(cells)
     sum_up(name, cells, manifest)
@@ -123,13 +131,17 @@ def check(cells: Sequence[Any]) -> Sequence[Any]:
 def jobs_at_once(config: Any) -> int:
     """How many runs the launcher has side by side on this machine."""
     n_jobs = config.hydra.launcher.get("n_jobs", 1)
-    return n_jobs if n_jobs and n_jobs > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return n_jobs if n_jobs and n_jobs > 0 else cores()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def extras(config: Any, name: str, at_once: int) -> list[str]:
     """What every run is told beside its own overrides: the sweep's name, and its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = [f"threads={max(1, cores // at_once)}"] if at_once > 1 and config.threads is None else []
+    share = [f"threads={max(1, cores() // at_once)}"] if at_once > 1 and config.threads is None else []
     return [*share, *([] if config.sweep_name else [f"sweep_name={name}"])]
 
 
@@ -151,8 +163,11 @@ class Composer:
         return copy.deepcopy(self.memory[key])
 
 
-def launch(pending: Sequence[Any], launcher: Any, context: Any, composer: Composer, manifest: Manifest, cells: Sequence[Any]) -> None:
-    """Run cells: one after the other in this process, or all at once where the launcher has processes of its own."""
+def launch(pending: Sequence[Any], launcher: Any, context: Any, composer: Composer) -> Iterator[list[tuple[Any, Any]]]:
+    """Run cells, one after the other in this process, or all at once where the launcher has processes of its own.
+
+    Yields cells with what Hydra's launcher returned for them.
+    """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
     from hydra.types import HydraContext
 
@@ -160,15 +175,13 @@ def launch(pending: Sequence[Any], launcher: Any, context: Any, composer: Compos
     if isinstance(launcher, BasicLauncher):
         launcher.hydra_context = HydraContext(config_loader=composer, callbacks=context.callbacks)
         batches = [[c] for c in pending]
-    done = 0
+    started = 0
     for batch in batches:
-        for at, cell in enumerate(batch):
-            print(f"[{done + at + 1}/{len(pending)}] {cell.label}", flush=True)
-        returns = launcher.launch([list(c.overrides) for c in batch], initial_job_idx=done)
-        done += len(batch)
-        for cell, job in zip(batch, returns, strict=True):
-            note(cell, job)
-        manifest.write(cells)
+        for at, cell in enumerate(batch, started + 1):
+            print(f"[{at}/{len(pending)}] {cell.label}", flush=True)
+        returns = launcher.launch([list(c.overrides) for c in batch], initial_job_idx=started)
+        started += len(batch)
+        yield list(zip(batch, returns, strict=True))
 
 
 def note(cell: Any, job: Any) -> None:
@@ -205,7 +218,8 @@ class Manifest:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             files.write_json(self.path, value)
         except OSError as error:
-            raise UserError(f"cannot write to runs_dir={self.path.parents[1]}: {error.strerror}. Type runs_dir=ANOTHER_FOLDER") from error
+            place = f"cannot write to runs_dir={self.path.parents[1]}: {error.strerror}"
+            raise UserError(f"{place}. Type runs_dir=ANOTHER_FOLDER") from error
 
 
 def _row(cell: Any) -> dict[str, Any]:
@@ -241,9 +255,11 @@ def sum_up(name: str, cells: Sequence[Any], manifest: Manifest) -> None:
     """How it ended; SweepError where not every cell is done."""
     failed = [c for c in cells if c.problem]
     sys.stdout.flush()
-    print(f"sweep {name}: {len(cells) - len(failed)} of {len(cells)} cells done. Report: python -m kd.report sweep={name} runs_dir={manifest.path.parents[1]}")
+    then = f"python -m kd.report sweep={name} runs_dir={manifest.path.parents[1]}"
+    print(f"sweep {name}: {len(cells) - len(failed)} of {len(cells)} cells done. Report: {then}")
     if failed:
         reasons = "\n".join(f"  {c.label or c.overrides}: {c.problem}" for c in failed)
         raise SweepError(
-            f"{len(failed)} of {len(cells)} cells failed:\n{reasons}\nThe same command runs these again and skips the others:\n  {manifest.command}"
+            f"{len(failed)} of {len(cells)} cells failed:\n{reasons}\n"
+            f"The same command runs these again and skips the others:\n  {manifest.command}"
         )
