@@ -109,7 +109,7 @@ def describe(run: Run, classifier: Any, dataset: Any, cfg: ExportConfig) -> dict
         "classes": list(dataset.classes),
         "input": {"name": "images", "dtype": "uint8", "shape": ["batch", dataset.channels, size, size]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(dataset.classes)]},
-        "preprocessing": "inside; decode, resize the shorter side to the input's (bilinear, antialiased), cut the centre",
+        "preprocessing": "inside; decode, resize the shorter side (bilinear, antialiased), cut the centre",
         "precision": cfg.quantize or "float32",
         "format": cfg.format,
         "run": run.name,
