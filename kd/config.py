@@ -106,7 +106,8 @@ class Teacher(Model):
     seed: int = 0
     train_fraction: float = 1.0
     min_top1: Optional[float] = None  # null: twice chance
-    cache: str = "auto"  # auto | on | off
+    cache: str = "auto"  # auto | on | off: keep what the teacher says of each view, for the runs after this one
+    cache_gib: float = 16.0  # all caches of a runs_dir together
     members: List[str] = field(default_factory=list)  # of an ensemble: presets or checkpoints
     average: str = "probs"  # of an ensemble: probs | logits
     classes: List[str] = field(default_factory=list)  # what its outputs mean, in their order, where that is not the dataset's

@@ -58,6 +58,7 @@ class Training:
     steps_per_epoch: int
     device: str
     autocast: bool
+    cycle_epochs: int | None = None  # the order of the images repeats after so many, as the views do
     ema: nn.Module | None = None
     forward: Callable[..., Output] | None = None  # the student, compiled
     progress: Progress = field(default_factory=Progress)
@@ -76,6 +77,11 @@ class Training:
             state["raw"] = self.student.network.state_dict()
             state["averaged"] = self.ema.n_averaged
         return state
+
+    def close(self) -> dict[str, Any]:
+        """Let go of what the teacher's cache holds; gives what the record says of it."""
+        close = getattr(self.ask_teacher, "close", None)
+        return close() if close else {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a state that `state` gave and `Checkpoints.load_training` read."""
@@ -176,7 +182,7 @@ def fit(
         epoch, offset = divmod(t.progress.step, t.steps_per_epoch)
         t.student.train()
         t.loss.train()
-        for raw in split.epoch(epoch, t.recipe.batch_size, t.seed, start_step=offset, device=t.device):
+        for raw in split.epoch(epoch, t.recipe.batch_size, t.seed, offset, t.device, t.cycle_epochs):
             values = train_step(t, raw)
             meter.add(t.progress.step, apply_step(t), t.names, values)
             t.progress.step += 1

@@ -55,7 +55,7 @@ def _model(settings: dict[str, Any]) -> dict[str, Any]:
 def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["name"] == "none":
         return {"name": "none"}
-    settings.pop("cache")
+    settings.pop("cache"), settings.pop("cache_gib")
     if not settings["classes"]:
         settings.pop("classes")
     if settings["name"] == "ensemble":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd import models, runs
+from kd.cache import KEPT
 from kd.config import Config, Student, Teacher
 from kd.contracts import Batch, Output
 from kd.ensemble import Ensemble
@@ -183,9 +184,12 @@ def freeze(classifier: nn.Module, device: str, half: bool) -> nn.Module:
 
 
 def asker(
-    classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str]
+    classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str], half: bool = False
 ) -> Callable[[Batch, Batch], Output]:
-    """(view, raw batch) -> the teacher's output on the view that `augment.teacher_view` says, without gradients."""
+    """(view, raw batch) -> the teacher's output on the view that `augment.teacher_view` says, without gradients.
+
+    Its precision is its own, not the student's. What a cache can keep comes in that precision, kept or not.
+    """
 
     def ask(batch: Batch, raw: Batch) -> Output:
         images = (
@@ -195,18 +199,18 @@ def asker(
             if policy == "clean"
             else view(raw, stream=2).images
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             output = classifier(images, features)
-        return usable(output)
+        return usable(output, torch.bfloat16 if half else torch.float32)
 
     return ask
 
 
-def usable(output: Output) -> Output:
-    """Copies that autograd may save: tensors of inference mode may not be."""
-    features = {n: f.clone() for n, f in output.features.items()}
+def usable(output: Output, dtype: torch.dtype) -> Output:
+    """Copies that autograd may save (tensors of inference mode may not be); logits and penultimate features in `dtype`."""
+    features = {n: f.to(dtype if n in KEPT else f.dtype, copy=True) for n, f in output.features.items()}
     extra = output.extra_logits.clone() if output.extra_logits is not None else None
-    return Output(output.logits.clone(), features, output.head, extra)
+    return Output(output.logits.to(dtype, copy=True), features, output.head, extra)
 
 
 def hear(classifier: nn.Module, dataset: Any, device: str, autocast: bool) -> tuple[str, Any, Tensor]:

@@ -161,7 +161,7 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     """Student, loss, optimiser and view, ready for the first step."""
     import torch
 
-    from kd import data, device, models, pairs
+    from kd import cache, data, device, models, pairs
     from kd import teacher as teachers
     from kd.loop import Training
     from kd.optim import make_optimizer
@@ -171,8 +171,9 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     student, loss, source = matched.student, matched.loss, matched.source
     student, loss = student.to(where, memory_format=torch.channels_last), loss.to(where)
     view = data.View(dataclasses.asdict(cfg.augment), dataset.image_size, dataset.mirror, dataset.num_classes)
-    ask = teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features) if teacher else None
     precision = device.resolve_precision(recipe.precision, where)
+    half = precision == "bf16"
+    ask = teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features, half) if teacher else None
     per_epoch = dataset.train.steps(recipe.batch_size)
     training = Training(
         student=student,
@@ -185,7 +186,8 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
         steps=0,
         steps_per_epoch=per_epoch,
         device=where,
-        autocast=precision == "bf16",
+        autocast=half,
+        cycle_epochs=cfg.augment.cycle_epochs,
         ema=_averaged(student, recipe.ema),
         forward=torch.compile(student, dynamic=False) if recipe.compile == "on" else student,
     )
@@ -199,6 +201,11 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     say(f"loss = {loss.describe()}")
     if teacher is not None:
         say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
+        if cache.cacheable(cfg.teacher.cache, loss):
+            layout = cache.layout_of(matched.outputs[1], min(recipe.batch_size, len(dataset.train)), half)
+            training.ask_teacher = cache.open_cache(
+                cfg, dataset, teacher.classifier, ask, layout=layout, features=loss.teacher_features, steps=training.steps, device=where, say=say
+            )
     return training
 
 
@@ -346,7 +353,10 @@ def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: An
 
     tracker.resume(training.progress.step)
     with Console(cfg.student.name) as console, signals.noted() as stop:
-        fit(training, validate if split is not None and len(split) else None, dataset.train, checkpoints, tracker, console, stop)
+        try:
+            fit(training, validate if split is not None and len(split) else None, dataset.train, checkpoints, tracker, console, stop)
+        finally:
+            this.record.get("teacher", {}).update(training.close())
     this.update(best=training.progress.best, train_seconds=training.progress.seconds)
 
 
