@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd.contracts import Batch, Output
 from kd.losses.features import FeatureTerm
-from kd.losses.numerics import counters, full, integers, labels, mix, uniform, unit
+from kd.losses.numerics import counters, full, integers, labels, uniform, unit
 
 ROWS = 65_536  # rows of a memory that are drawn at a time, to keep the temporaries small
 
@@ -91,16 +91,13 @@ class ContrastMemory(Embedded):
 
     def draw(self, batch: Batch) -> Tensor:
         """int64 (B, 1 + negatives) rows of the banks: the image, then others, of other classes as far as known."""
-        index, total = batch.index[:, None], len(self.classes)
-        columns = torch.arange(self.negatives, device=index.device)
-        key = counters(batch.seed, math.floor(batch.epoch), index)  # (B, 1)
-        own = labels(batch.targets)[:, None]
-        chosen = index.expand(-1, self.negatives)
-        for attempt in range(3):
-            drawn = integers(total - 1, key, mix(columns + (attempt << 40)))  # (B, K)
-            drawn = drawn + (drawn >= index)  # every image but its own
-            refused = (self.classes[chosen] == own) | (chosen == index)
-            chosen = torch.where(refused, drawn, chosen)
+        index, others = batch.index[:, None], len(self.classes) - 1
+        key, own = counters(batch.seed, math.floor(batch.epoch), index), labels(batch.targets)[:, None]  # (B, 1)
+        drawn = integers(others, key, torch.arange(self.negatives, device=index.device))  # (B, K)
+        for attempt in (1, 2):  # those of its own class move on by a step of the row's own, cheaper than a new draw
+            same = self.classes[drawn + (drawn >= index)] == own
+            drawn = torch.where(same, (drawn + integers(others, key, -attempt)) % others, drawn)
+        chosen = drawn + (drawn >= index)  # every image but its own
         return torch.cat([index, chosen], dim=1)
 
     def forward(self, student: Output, teacher: Output, batch: Batch) -> Tensor:
