@@ -46,17 +46,17 @@ class Look:
 
 def check(cfg: CheckConfig) -> dict[str, Any]:
     """The report on the screen and as a dict (in `out` too). Raises UserError where the run would not start."""
-    from kd import device, files, train
+    from kd import device, files, prepare
 
     if cfg.teacher.name == "none":
         raise ConfigError("there is nothing to check with teacher=none: type teacher=NAME student=NAME loss=NAME")
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
-    dataset = train.open_dataset(cfg)
+    dataset = prepare.open_dataset(cfg)
     plain = Config(
         **{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)}
     )  # what train would have: names runs
-    look = look_at(train.resolve(plain, dataset), dataset, where, print)
+    look = look_at(prepare.resolve(plain, dataset), dataset, where, print)
     show(look, cfg)
     if cfg.plot:
         print(f"stages compared: {draw(look, dataset, cfg, where)}")
@@ -93,16 +93,16 @@ def look_at(cfg: Config, dataset: Any, where: str, say: Callable[[str], None], c
 
 def look_at_pair(look: Look, cfg: Config, dataset: Any, loaded: Any, where: str, count: bool) -> None:
     """Student, pairs and cost; a loss that is undefined for the two networks is a finding."""
-    from kd import pairs, runs, train
+    from kd import pairs, prepare, runs, train
 
     try:
-        matched = train.match(cfg, dataset, look.teacher)
+        matched = prepare.match(cfg, dataset, look.teacher)
         look.student, look.pairs = matched.student, pairs.pairs(matched.loss, matched.outputs)
         if count:
             with tempfile.TemporaryDirectory() as folder:
                 this = runs.Run(Path(folder))  # a record that nobody keeps
                 this.record["environment"] = {"device": where}
-                training = train.assemble(cfg, dataset, loaded, where, this, train._silent)
+                training = prepare.assemble(cfg, dataset, loaded, where, this, train._silent)
             look.cost = pairs.cost(training, look.teacher, dataset)
     except (UserError, ValueError) as error:
         look.findings.append(
@@ -141,12 +141,12 @@ def present(cfg: Config, dataset: Any, say: Callable[[str], None]) -> tuple[Any,
 
 def before_teacher(cfg: Config, dataset: Any) -> None:
     """Where a teacher is still to be trained: whether the loss is defined for the pair at all, before hours go into it."""
-    from kd import train
+    from kd import prepare, train
 
     if cfg.teacher.checkpoint == "auto":
         loaded, trained = present(cfg, dataset, train._silent)
         if not trained:
-            train.match(cfg, dataset, loaded.classifier)
+            prepare.match(cfg, dataset, loaded.classifier)
 
 
 def short(cfg: Config, dataset: Any, where: str, say: Callable[[str], None]) -> None:

@@ -73,7 +73,7 @@ def _of_teacher(cfg: EvaluateConfig) -> tuple[dict[str, Any], Any, None]:
 
 def open_data_of(run: Run, cfg: EvaluateConfig) -> Any:
     """The dataset that a run was trained on, from where it was or from `dataset.root`; UserError where its content is another."""
-    from kd.train import open_dataset
+    from kd.prepare import open_dataset
 
     settings = {k: v for k, v in run.record["config"]["dataset"].items() if k != "digest"}
     root = cfg.dataset.root or run.record["places"].get("dataset.root")

@@ -51,13 +51,13 @@ class Cell:
 
 def look_up(cell: Cell, compose: Callable[[Sequence[str]], Any], typed: Sequence[str]) -> Cell:
     """Fill in the cell's settings, fingerprint, place and teacher; what stands against it becomes its `problem`."""
-    from kd import runs, train
+    from kd import prepare, runs
     from kd.hints import UserError
 
     try:
         cfg = settle(without_hydra(compose(cell.overrides)), typed, strict=False)
-        cell.dataset = train.open_dataset(cfg)
-        cell.config = cfg = train.resolve(cfg, cell.dataset)
+        cell.dataset = prepare.open_dataset(cfg)
+        cell.config = cfg = prepare.resolve(cfg, cell.dataset)
         cell.fingerprint = runs.fingerprint(runs.identity(cfg, cell.dataset.digest))
         cell.run = runs.place(cfg, cell.fingerprint)
         cell.teacher = teacher_run(cfg)
@@ -83,13 +83,13 @@ def without_hydra(composed: Any) -> Any:
 
 def teacher_run(cfg: Config) -> Run | None:
     """The run that a cell's teacher is, whether or not it is there yet; None for no teacher, files and ensembles."""
-    from kd import runs, teacher, train
+    from kd import prepare, runs, teacher
 
     if cfg.teacher.name == "none" or cfg.teacher.checkpoint != "auto" or cfg.teacher.members:
         return None
     alone = teacher.teacher_config(cfg)
-    dataset = train.open_dataset(alone)
-    alone = train.resolve(alone, dataset)
+    dataset = prepare.open_dataset(alone)
+    alone = prepare.resolve(alone, dataset)
     return runs.place(alone, runs.fingerprint(runs.identity(alone, dataset.digest)))
 
 
@@ -128,7 +128,7 @@ def ordered(cells: Sequence[Cell]) -> list[Cell]:
 
 def estimate(cells: Sequence[Cell], at_once: int = 1) -> float:
     """Seconds for the cells that are to be run and the teachers that they need, `at_once` of them side by side."""
-    from kd import teacher, train
+    from kd import prepare, teacher
 
     rates: dict[str, float] = {}
     started, teachers, total = time.perf_counter(), set(), 0.0
@@ -138,8 +138,8 @@ def estimate(cells: Sequence[Cell], at_once: int = 1) -> float:
         if cell.teacher is not None and not cell.teacher.done and cell.teacher.name not in teachers:
             teachers.add(cell.teacher.name)
             alone = teacher.teacher_config(cell.config)
-            dataset = train.open_dataset(alone)
-            jobs.append((None, train.resolve(alone, dataset), dataset))
+            dataset = prepare.open_dataset(alone)
+            jobs.append((None, prepare.resolve(alone, dataset), dataset))
     for cell, cfg, dataset in jobs:
         key = _pair(cfg)
         if key not in rates and time.perf_counter() - started < PROBE_SECONDS:
@@ -180,7 +180,7 @@ class Scratch(Run):
 
 def probe(cfg: Config, dataset: Any, warm: int = 1, timed: int = 3) -> float:
     """Seconds of a training step: the fastest of a few, with a teacher of random weights in the teacher's place."""
-    from kd import device, runs, train
+    from kd import device, prepare, runs
     from kd.loop import apply_step, train_step
 
     where = device.pick_device(cfg.device)
@@ -188,7 +188,7 @@ def probe(cfg: Config, dataset: Any, warm: int = 1, timed: int = 3) -> float:
     scratch = Scratch()
     scratch.record["environment"] = {**runs.environment(where)}
     try:
-        training = train.assemble(cfg, dataset, _stand_in(cfg, dataset, where), where, scratch, lambda _: None)
+        training = prepare.assemble(cfg, dataset, _stand_in(cfg, dataset, where), where, scratch, lambda _: None)
         times: list[float] = []
         for raw in dataset.train.epoch(0, cfg.recipe.batch_size, cfg.seed, device=where):
             started = time.perf_counter()

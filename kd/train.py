@@ -1,17 +1,15 @@
 """The main job: fine-tune the teacher if need be, distil, evaluate, measure.
 
-    python -m kd.train teacher=vit_b student=resnet18       fine-tune the teacher if need be, distil, evaluate, benchmark
-    python -m kd.train teacher=none student=resnet18        the same student, without a teacher
-    python -m kd.train +experiment=NAME                     settings from conf/experiment/NAME.yaml, or --config-dir DIR
-    python -m kd.train -m seed=0,1,2                        several runs; +sweep=NAME and +search=NAME are ready ones
-    python -m kd.evaluate run=RUN_DIR out=FILE.json         score a finished run
+python -m kd.train teacher=vit_b student=resnet18       fine-tune the teacher if need be, distil, evaluate, benchmark
+python -m kd.train teacher=none student=resnet18        the same student, without a teacher
+python -m kd.train +experiment=NAME                     settings from conf/experiment/NAME.yaml, or --config-dir DIR
+python -m kd.train -m seed=0,1,2                        several runs; +sweep=NAME and +search=NAME are ready ones
+python -m kd.evaluate run=RUN_DIR out=FILE.json         score a finished run
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd import cli
 from kd.config import Config
-from kd.hints import ConfigError, Interrupted, UserError
+from kd.hints import Interrupted
 
 if TYPE_CHECKING:
     from kd.loop import Training
@@ -50,14 +48,14 @@ def run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) -> 
 
 
 def _run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) -> Run:
-    from kd import device, losses, runs
+    from kd import cache, device, losses, prepare, runs
 
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
-    losses.build(cfg.loss)  # a mistake in it shows before anything is loaded
+    cache.cacheable(cfg.teacher.cache, losses.build(cfg.loss))  # a mistake in it shows before anything is loaded
     runs.prepare(Path(cfg.runs_dir))
-    dataset = open_dataset(cfg)
-    cfg = resolve(cfg, dataset)
+    dataset = prepare.open_dataset(cfg)
+    cfg = prepare.resolve(cfg, dataset)
     settings = runs.identity(cfg, dataset.digest)
     this = runs.place(cfg, runs.fingerprint(settings))
     if cfg.dry:
@@ -80,7 +78,7 @@ def _run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) ->
 
 def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str, say: Callable[[str], None]) -> None:
     """A run from its record's first line to its last; whatever stops it is written into the record."""
-    from kd import runs, tracking
+    from kd import prepare, runs, tracking
 
     _open_folder(this, cfg, settings, dataset, where)
     try:
@@ -90,7 +88,7 @@ def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str,
                 with phase("teacher"):
                     teacher = ready_teacher(cfg, dataset, where, this, say)
             with phase("setup"):
-                training = assemble(cfg, dataset, teacher, where, this, say)
+                training = prepare.assemble(cfg, dataset, teacher, where, this, say)
             with tracking.open_tracker(this, cfg) as tracker:
                 with phase("train"):
                     _train(cfg, training, dataset, this, tracker, say)
@@ -103,42 +101,6 @@ def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str,
     except BaseException as error:
         _note_failure(this, error)
         raise
-
-
-def open_dataset(cfg: Config) -> Any:
-    """The dataset of a run; equal ones are opened once in a process."""
-    from kd import data
-
-    root = cfg.dataset.root
-    spec = {**dataclasses.asdict(cfg.dataset), "workers": cfg.workers, "root": root and str(Path(root).expanduser())}
-    key = repr(sorted(spec.items(), key=lambda item: item[0]))
-    if key not in _DATASETS:
-        _DATASETS[key] = data.load(spec, store_dir=Path(cfg.runs_dir) / ".store")
-    return _DATASETS[key]
-
-
-_DATASETS: dict[str, Any] = {}
-
-
-def resolve(cfg: Config, dataset: Any) -> Config:
-    """The settings with every `auto` that is a rule of the config made plain, and the loss of a run without a teacher."""
-    cfg = copy.deepcopy(cfg)
-    cfg.dataset.image_size = dataset.image_size
-    for model in (cfg.student, cfg.teacher):
-        size = model.preprocess.size or dataset.image_size
-        if model.pretrained == "auto":
-            model.pretrained = size >= 96 and "_target_" not in model.args and model.checkpoint in (None, "auto")
-    if cfg.teacher.name == "none":
-        cfg.loss = labels_only(cfg.loss)
-    return cfg
-
-
-def labels_only(terms: dict[str, Any]) -> dict[str, Any]:
-    """The label terms of a loss, at weight 1: what `teacher=none` leaves."""
-    from kd.losses.sum import locate
-
-    kept = {n: {**t, "weight": 1.0} for n, t in terms.items() if "_target_" in t and not locate(t["_target_"]).needs_teacher}
-    return kept or {"ce": {"_target_": "kd.losses.CrossEntropy", "weight": 1.0}}
 
 
 def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callable[[str], None]) -> Any:
@@ -155,180 +117,6 @@ def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callabl
     say(check.teacher_line(cfg, figures))
     finding.stop(findings, say)
     return loaded
-
-
-def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say: Callable[[str], None]) -> Training:
-    """Student, loss, optimiser and view, ready for the first step."""
-    import torch
-
-    from kd import cache, data, device, models, pairs
-    from kd import teacher as teachers
-    from kd.loop import Training
-    from kd.optim import make_optimizer
-
-    recipe = cfg.recipe
-    matched = match(cfg, dataset, teacher and teacher.classifier)
-    student, loss, source = matched.student, matched.loss, matched.source
-    student, loss = student.to(where, memory_format=torch.channels_last), loss.to(where)
-    view = data.View(dataclasses.asdict(cfg.augment), dataset.image_size, dataset.mirror, dataset.num_classes)
-    precision = device.resolve_precision(recipe.precision, where)
-    half = precision == "bf16"
-    ask = teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features, half) if teacher else None
-    per_epoch = dataset.train.steps(recipe.batch_size)
-    training = Training(
-        student=student,
-        ask_teacher=ask,
-        loss=loss,
-        view=view,
-        optimizer=make_optimizer(recipe, [student, loss]),
-        recipe=recipe,
-        seed=cfg.seed,
-        steps=0,
-        steps_per_epoch=per_epoch,
-        device=where,
-        autocast=half,
-        cycle_epochs=cfg.augment.cycle_epochs,
-        ema=_averaged(student, recipe.ema),
-        forward=torch.compile(student, dynamic=False) if recipe.compile == "on" else student,
-    )
-    _require_same_ground(this, precision, say)
-    training.steps = _steps(training, dataset, this)
-    this.update(
-        precision=precision, steps=training.steps, steps_per_epoch=per_epoch, initialised_from=source, loss=loss.describe(), parameters=models.count_parameters(student)
-    )
-    say(f"{cfg.student.name} ({this.record['parameters'] / 1e6:.2f} M parameters, {source}) on {cfg.dataset.name} at {dataset.image_size} px, "
-        f"{len(dataset.train)} training images, {training.steps} steps of {recipe.batch_size}, {precision} on {where}")  # fmt: skip
-    say(f"loss = {loss.describe()}")
-    if teacher is not None:
-        say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
-        if cache.cacheable(cfg.teacher.cache, loss):
-            layout = cache.layout_of(matched.outputs[1], min(recipe.batch_size, len(dataset.train)), half)
-            training.ask_teacher = cache.open_cache(
-                cfg, dataset, teacher.classifier, ask, layout=layout, features=loss.teacher_features, steps=training.steps, device=where, say=say
-            )
-    return training
-
-
-@dataclasses.dataclass
-class Match:
-    """A student and a loss whose projections fit the two networks."""
-
-    student: Any
-    source: str  # what the student's weights were initialised from
-    loss: Any
-    outputs: list[Any]  # of the student and the teacher (None without one) on a few images
-
-
-def match(cfg: Config, dataset: Any, teacher: Any) -> Match:
-    """Student and loss, from `seed`; ValueError where a term is undefined for this pair of networks."""
-    import torch
-
-    from kd import losses
-
-    torch.manual_seed(cfg.seed)
-    student, source = make_student(cfg, dataset)
-    loss = losses.build(cfg.loss)
-    sample = next(dataset.train.batches(min(4, len(dataset.train)), device="cpu")).images
-    outputs = [_dry(model, sample, wanted) for model, wanted in ((student, loss.student_features), (teacher, loss.teacher_features))]
-    loss.setup(*outputs, dataset.num_classes, dataset.num_samples)
-    return Match(student, source, loss, outputs)
-
-
-def make_student(cfg: Config, dataset: Any) -> tuple[Any, str]:
-    """The student's classifier and what its weights were initialised from."""
-    from kd import models, runs
-
-    checkpoint = cfg.student.checkpoint
-    spec = dataclasses.asdict(cfg.student)
-    student = models.build(
-        spec, dataset.num_classes, dataset.image_size, dataset.channels, classes=dataset.classes, pretrained=bool(cfg.student.pretrained) and not checkpoint
-    )
-    if checkpoint:
-        path = runs.find_weights(Path(checkpoint))
-        models.load_weights(student, path)
-        return student, f"weights {path.name} {runs.files.digest(path)[:8]}"
-    return student, f"pretrained {cfg.student.name}" if cfg.student.pretrained else f"from scratch, seed {cfg.seed}"
-
-
-def _dry(model: Any, sample: Any, features: list[str]) -> Any:
-    """One forward in eval mode without gradients, for the terms to size their projections."""
-    import torch
-
-    if model is None:
-        return None
-    training = model.training
-    with torch.no_grad():
-        output = model.eval()(sample.to(next(model.parameters()).device), features)
-    model.train(training)
-    for name, feature in output.features.items():
-        output.features[name] = feature.float().cpu()
-    output.logits = output.logits.float().cpu()
-    return output
-
-
-def _averaged(student: Any, decay: float | None) -> Any:
-    if not decay:
-        return None
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def _require_same_ground(this: Run, precision: str, say: Callable[[str], None]) -> None:
-    """A resume is exact on the same device and threads; under others it says so, and under another precision it stops."""
-    from kd import runs
-
-    before, now = this.record.get("started_on"), runs.environment(this.record["environment"]["device"])
-    if before is None:
-        this.update(started_on={k: now[k] for k in ("device_name", "threads", "torch")}, exact=True)
-        return
-    if this.record.get("precision", precision) != precision:
-        raise UserError(
-            f"{this.folder} was begun in {this.record['precision']}, here recipe.precision=auto means {precision}. "
-            "Go on where it was begun, or type fresh=true to begin again"
-        )
-    changed = [k for k in before if before[k] != now[k]]
-    if changed:
-        say("warning: resumed under another " + ", ".join(f"{k} ({before[k]} -> {now[k]})" for k in changed) + ": not bit for bit the run it was")
-        this.update(exact=False)
-
-
-def _steps(training: Training, dataset: Any, this: Run) -> int:
-    """The run's length in optimiser steps; `minutes` are turned into steps by a probe, once, and recorded."""
-    recipe = training.recipe
-    if this.record.get("steps"):
-        return this.record["steps"]
-    if recipe.steps:
-        return recipe.steps
-    if recipe.minutes:
-        return probe_steps(training, dataset)
-    if recipe.epochs is None:
-        raise ConfigError("the recipe has no length: type recipe.epochs=, recipe.steps= or recipe.minutes=")
-    return max(1, math.ceil(recipe.epochs * training.steps_per_epoch))
-
-
-def probe_steps(training: Training, dataset: Any, warm: int = 2, timed: int = 6) -> int:
-    """How many steps fit into `recipe.minutes`, from a few steps on copies."""
-    from kd.loop import apply_step, train_step
-
-    saved = copy.deepcopy((training.student.state_dict(), training.loss.state_dict(), training.optimizer.state_dict()))
-    training.steps, times = warm + timed, []
-    while len(times) < warm + timed:
-        for raw in dataset.train.epoch(0, training.recipe.batch_size, training.seed, device=training.device):
-            started = time.perf_counter()
-            train_step(training, raw).sum().item()
-            apply_step(training)
-            times.append(time.perf_counter() - started)
-            if len(times) == warm + timed:
-                break
-    training.optimizer.zero_grad(set_to_none=True)
-    training.student.load_state_dict(saved[0])
-    training.loss.load_state_dict(saved[1])
-    training.optimizer.load_state_dict(saved[2])
-    if training.ema is not None:
-        training.ema.module.load_state_dict(saved[0])
-        training.ema.n_averaged.zero_()
-    return max(1, int(60 * training.recipe.minutes / sorted(times[warm:])[timed // 2]))
 
 
 def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: Any, say: Callable[[str], None]) -> None:
@@ -354,7 +142,15 @@ def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: An
     tracker.resume(training.progress.step)
     with Console(cfg.student.name) as console, signals.noted() as stop:
         try:
-            fit(training, validate if split is not None and len(split) else None, dataset.train, checkpoints, tracker, console, stop)
+            fit(
+                training,
+                validate if split is not None and len(split) else None,
+                dataset.train,
+                checkpoints,
+                tracker,
+                console,
+                stop,
+            )
         finally:
             this.record.get("teacher", {}).update(training.close())
     this.update(best=training.progress.best, train_seconds=training.progress.seconds)
@@ -405,7 +201,9 @@ def compare_with_baseline(cfg: Config, finished: Run, say: Callable[[str], None]
 
     if cfg.baseline == "off" or "test/top1" not in finished.record.get("metrics", {}):
         return
-    alone = dataclasses.replace(cfg, teacher=Teacher(name="none"), fresh=False, baseline="off", dry=cfg.baseline == "find")
+    alone = dataclasses.replace(
+        cfg, teacher=Teacher(name="none"), fresh=False, baseline="off", dry=cfg.baseline == "find"
+    )
     found = _run(alone, wait=True, say=say if cfg.baseline == "train" else _silent)
     mine = finished.record["metrics"]["test/top1"]
     if not found.done:
@@ -416,7 +214,9 @@ def compare_with_baseline(cfg: Config, finished: Run, say: Callable[[str], None]
     with runs.lock(finished, wait=True):
         finished.update(baseline={"run": found.name, "test/top1": other, "gain": mine - other, "verdict": word})
         card.write(finished)
-    say(f"student {100 * mine:.1f} % on test, {word} the same student alone ({100 * other:.1f} %): {100 * (mine - other):+.1f} points, one seed")
+    say(
+        f"student {100 * mine:.1f} % on test, {word} the same student alone ({100 * other:.1f} %): {100 * (mine - other):+.1f} points, one seed"
+    )
 
 
 def _silent(_: str) -> None:
@@ -446,7 +246,11 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
         status="running",
         fingerprint=runs.fingerprint(settings),
         config=settings,
-        places={"dataset.root": cfg.dataset.root, "teacher.checkpoint": cfg.teacher.checkpoint, "runs_dir": cfg.runs_dir},
+        places={
+            "dataset.root": cfg.dataset.root,
+            "teacher.checkpoint": cfg.teacher.checkpoint,
+            "runs_dir": cfg.runs_dir,
+        },
         sweep=cfg.sweep_name,
         created=this.record.get("created", runs.now()),
         environment=runs.environment(where),
@@ -459,7 +263,9 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
     from kd import files
 
     (this.folder / ".hydra").mkdir(exist_ok=True)
-    files.write_text(this.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg))))
+    files.write_text(
+        this.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
+    )
 
 
 @contextmanager

@@ -1,0 +1,259 @@
+"""What a run needs before its first step: the dataset, the settings made plain, student, loss and optimiser."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kd.config import Config
+from kd.hints import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from kd.loop import Training
+    from kd.runs import Run
+
+
+def open_dataset(cfg: Config) -> Any:
+    """The dataset of a run; equal ones are opened once in a process."""
+    from kd import data
+
+    root = cfg.dataset.root
+    spec = {**dataclasses.asdict(cfg.dataset), "workers": cfg.workers, "root": root and str(Path(root).expanduser())}
+    key = repr(sorted(spec.items(), key=lambda item: item[0]))
+    if key not in _DATASETS:
+        _DATASETS[key] = data.load(spec, store_dir=Path(cfg.runs_dir) / ".store")
+    return _DATASETS[key]
+
+
+_DATASETS: dict[str, Any] = {}
+
+
+def resolve(cfg: Config, dataset: Any) -> Config:
+    """The settings with every `auto` that is a rule of the config made plain, and the loss of a run without a teacher."""
+    cfg = copy.deepcopy(cfg)
+    cfg.dataset.image_size = dataset.image_size
+    for model in (cfg.student, cfg.teacher):
+        size = model.preprocess.size or dataset.image_size
+        if model.pretrained == "auto":
+            model.pretrained = size >= 96 and "_target_" not in model.args and model.checkpoint in (None, "auto")
+    if cfg.teacher.name == "none":
+        cfg.loss = labels_only(cfg.loss)
+    return cfg
+
+
+def labels_only(terms: dict[str, Any]) -> dict[str, Any]:
+    """The label terms of a loss, at weight 1: what `teacher=none` leaves."""
+    from kd.losses.sum import locate
+
+    kept = {
+        n: {**t, "weight": 1.0} for n, t in terms.items() if "_target_" in t and not locate(t["_target_"]).needs_teacher
+    }
+    return kept or {"ce": {"_target_": "kd.losses.CrossEntropy", "weight": 1.0}}
+
+
+@dataclasses.dataclass
+class Match:
+    """A student and a loss whose projections fit the two networks."""
+
+    student: Any
+    source: str  # what the student's weights were initialised from
+    loss: Any
+    outputs: list[Any]  # of the student and the teacher (None without one) on a few images
+
+
+def match(cfg: Config, dataset: Any, teacher: Any) -> Match:
+    """Student and loss, from `seed`; ValueError where a term is undefined for this pair of networks."""
+    import torch
+
+    from kd import losses
+
+    torch.manual_seed(cfg.seed)
+    student, source = make_student(cfg, dataset)
+    loss = losses.build(cfg.loss)
+    sample = next(dataset.train.batches(min(4, len(dataset.train)), device="cpu")).images
+    outputs = [
+        _dry(model, sample, wanted)
+        for model, wanted in ((student, loss.student_features), (teacher, loss.teacher_features))
+    ]
+    loss.setup(*outputs, dataset.num_classes, dataset.num_samples)
+    return Match(student, source, loss, outputs)
+
+
+def make_student(cfg: Config, dataset: Any) -> tuple[Any, str]:
+    """The student's classifier and what its weights were initialised from."""
+    from kd import models, runs
+
+    checkpoint = cfg.student.checkpoint
+    spec = dataclasses.asdict(cfg.student)
+    student = models.build(
+        spec,
+        dataset.num_classes,
+        dataset.image_size,
+        dataset.channels,
+        classes=dataset.classes,
+        pretrained=bool(cfg.student.pretrained) and not checkpoint,
+    )
+    if checkpoint:
+        path = runs.find_weights(Path(checkpoint))
+        models.load_weights(student, path)
+        return student, f"weights {path.name} {runs.files.digest(path)[:8]}"
+    return student, f"pretrained {cfg.student.name}" if cfg.student.pretrained else f"from scratch, seed {cfg.seed}"
+
+
+def _dry(model: Any, sample: Any, features: list[str]) -> Any:
+    """One forward in eval mode without gradients, for the terms to size their projections."""
+    import torch
+
+    if model is None:
+        return None
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(sample.to(next(model.parameters()).device), features)
+    model.train(training)
+    for name, feature in output.features.items():
+        output.features[name] = feature.float().cpu()
+    output.logits = output.logits.float().cpu()
+    return output
+
+
+def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say: Callable[[str], None]) -> Training:
+    """Student, loss, optimiser and view, ready for the first step."""
+    import torch
+
+    from kd import cache, data, device, models, pairs
+    from kd import teacher as teachers
+    from kd.loop import Training
+    from kd.optim import make_optimizer
+
+    recipe = cfg.recipe
+    matched = match(cfg, dataset, teacher and teacher.classifier)
+    student, loss, source = matched.student, matched.loss, matched.source
+    student, loss = student.to(where, memory_format=torch.channels_last), loss.to(where)
+    view = data.View(dataclasses.asdict(cfg.augment), dataset.image_size, dataset.mirror, dataset.num_classes)
+    precision = device.resolve_precision(recipe.precision, where)
+    half = precision == "bf16"
+    ask = (
+        teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features, half)
+        if teacher
+        else None
+    )
+    per_epoch = dataset.train.steps(recipe.batch_size)
+    training = Training(
+        student=student,
+        ask_teacher=ask,
+        loss=loss,
+        view=view,
+        optimizer=make_optimizer(recipe, [student, loss]),
+        recipe=recipe,
+        seed=cfg.seed,
+        steps=0,
+        steps_per_epoch=per_epoch,
+        device=where,
+        autocast=half,
+        cycle_epochs=cfg.augment.cycle_epochs,
+        ema=_averaged(student, recipe.ema),
+        forward=torch.compile(student, dynamic=False) if recipe.compile == "on" else student,
+    )
+    require_same_ground(this, precision, say)
+    training.steps = _steps(training, dataset, this)
+    this.update(
+        precision=precision,
+        steps=training.steps,
+        steps_per_epoch=per_epoch,
+        initialised_from=source,
+        loss=loss.describe(),
+        parameters=models.count_parameters(student),
+    )
+    say(f"{cfg.student.name} ({this.record['parameters'] / 1e6:.2f} M parameters, {source}) on {cfg.dataset.name} at {dataset.image_size} px, "
+        f"{len(dataset.train)} training images, {training.steps} steps of {recipe.batch_size}, {precision} on {where}")  # fmt: skip
+    say(f"loss = {loss.describe()}")
+    if teacher is not None:
+        say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
+        if cache.cacheable(cfg.teacher.cache, loss):
+            layout = cache.layout_of(matched.outputs[1], min(recipe.batch_size, len(dataset.train)), half)
+            training.ask_teacher = cache.open_cache(
+                cfg,
+                dataset,
+                teacher.classifier,
+                ask,
+                layout=layout,
+                features=loss.teacher_features,
+                steps=training.steps,
+                device=where,
+                say=say,
+            )
+    return training
+
+
+def _averaged(student: Any, decay: float | None) -> Any:
+    if not decay:
+        return None
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def require_same_ground(this: Run, precision: str, say: Callable[[str], None]) -> None:
+    """A resume is exact on the same device and threads; under others it says so, and under another precision it stops."""
+    from kd import runs
+
+    before, now = this.record.get("started_on"), runs.environment(this.record["environment"]["device"])
+    if before is None:
+        this.update(started_on={k: now[k] for k in ("device_name", "threads", "torch")}, exact=True)
+        return
+    if this.record.get("precision", precision) != precision:
+        raise UserError(
+            f"{this.folder} was begun in {this.record['precision']}, here recipe.precision=auto means {precision}. "
+            "Go on where it was begun, or type fresh=true to begin again"
+        )
+    changed = [k for k in before if before[k] != now[k]]
+    if changed:
+        say(
+            "warning: resumed under another "
+            + ", ".join(f"{k} ({before[k]} -> {now[k]})" for k in changed)
+            + ": not bit for bit the run it was"
+        )
+        this.update(exact=False)
+
+
+def _steps(training: Training, dataset: Any, this: Run) -> int:
+    """The run's length in optimiser steps; `minutes` are turned into steps by a probe, once, and recorded."""
+    recipe = training.recipe
+    if this.record.get("steps"):
+        return this.record["steps"]
+    if recipe.steps:
+        return recipe.steps
+    if recipe.minutes:
+        return probe_steps(training, dataset)
+    if recipe.epochs is None:
+        raise ConfigError("the recipe has no length: type recipe.epochs=, recipe.steps= or recipe.minutes=")
+    return max(1, math.ceil(recipe.epochs * training.steps_per_epoch))
+
+
+def probe_steps(training: Training, dataset: Any, warm: int = 2, timed: int = 6) -> int:
+    """How many steps fit into `recipe.minutes`, from a few steps on copies."""
+    from kd.loop import apply_step, train_step
+
+    saved = copy.deepcopy((training.student.state_dict(), training.loss.state_dict(), training.optimizer.state_dict()))
+    training.steps, times = warm + timed, []
+    while len(times) < warm + timed:
+        for raw in dataset.train.epoch(0, training.recipe.batch_size, training.seed, device=training.device):
+            started = time.perf_counter()
+            train_step(training, raw).sum().item()
+            apply_step(training)
+            times.append(time.perf_counter() - started)
+            if len(times) == warm + timed:
+                break
+    training.optimizer.zero_grad(set_to_none=True)
+    training.student.load_state_dict(saved[0])
+    training.loss.load_state_dict(saved[1])
+    training.optimizer.load_state_dict(saved[2])
+    if training.ema is not None:
+        training.ema.module.load_state_dict(saved[0])
+        training.ema.n_averaged.zero_()
+    return max(1, int(60 * training.recipe.minutes / sorted(times[warm:])[timed // 2]))
