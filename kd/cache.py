@@ -322,7 +322,9 @@ def cacheable(mode: str, loss: Any) -> bool:
             f"teacher.cache=on: the loss needs the teacher's {', '.join(large)}, and only its logits and penultimate "
             "features are small enough to keep. Type teacher.cache=auto, or choose terms on logits, such as loss=kd"
         )
-    return mode != "off" and not large
+    if loss.views > 1 and mode == "on":
+        raise ConfigError("teacher.cache=on: the loss shows the teacher two views of an image, the cache has one. Type teacher.cache=auto")
+    return mode != "off" and not large and loss.views == 1
 
 
 def room(cfg: Any, folder: Path, size: int, say: Callable[[str], None]) -> bool:

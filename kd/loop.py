@@ -105,7 +105,10 @@ def train_step(training: Training, raw: Batch) -> Tensor:
         teacher = t.ask_teacher(batch, raw) if t.ask_teacher is not None else None
         student = t.forward(batch.images, t.loss.student_features)
         if t.loss.views > 1:
-            student.second = t.forward(t.view(raw, stream=1).images, t.loss.student_features)
+            other = t.view(raw, stream=1)
+            student.second = t.forward(other.images, t.loss.student_features)
+            if teacher is not None:
+                teacher.second = t.ask_teacher(other, raw)
     total, terms = t.loss(student, teacher, batch)
     (total / recipe.accumulate).backward()
     with torch.no_grad():
