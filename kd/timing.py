@@ -1,0 +1,100 @@
+"""Timing calls that take turns, so that a slow moment of the machine meets all of them; medians with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BLOCK_SECONDS = 0.02  # of one turn, where a single call is shorter
+LEAST_ROUNDS = 10
+PATIENCE = 5  # times `seconds`, before an interval that stays wide is accepted
+RESAMPLES = 1000
+
+
+@dataclass
+class Times:
+    """Seconds of every call, by round."""
+
+    rounds: list[list[float]] = field(default_factory=list)
+    block: int = 1  # calls in a turn
+    total: float = 0.0
+
+    def medians(self) -> np.ndarray:
+        """The median call of each round (R,), in seconds."""
+        return np.array([np.median(r) for r in self.rounds])
+
+    def calls(self) -> np.ndarray:
+        """Every call (N,), in seconds."""
+        return np.concatenate([np.asarray(r) for r in self.rounds])
+
+    def median(self) -> tuple[float, float, float]:
+        """(median, low, high) of a call, in seconds, with its 95 % interval."""
+        return with_interval(self.medians())
+
+    def narrow(self, interval: float) -> bool:
+        """Whether the 95 % interval reaches at most this fraction to either side of the median."""
+        middle, low, high = self.median()
+        return high - low <= 2 * interval * middle
+
+
+def with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """(median, low, high): the 95 % bootstrap interval of the median of independent values (R,)."""
+    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(np.median(values[draws], axis=1), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)
+
+
+def ratio(slow: Times, fast: Times) -> tuple[float, float, float]:
+    """(ratio, low, high): how many times longer `slow` takes, round by round, with its 95 % interval."""
+    rounds = min(len(slow.rounds), len(fast.rounds))
+    return with_interval(slow.medians()[:rounds] / fast.medians()[:rounds])
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    interval: float,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, Times]:
+    """Time each call in turns, for at least `seconds` each, until every interval is narrow or patience ends.
+
+    `wait` returns when the device has done what was asked of it.
+    """
+    found = {name: Times(block=_warm_up(call, wait)) for name, call in calls.items()}
+    names = list(calls)
+    while True:
+        for name in names:
+            _turn(calls[name], wait, found[name])
+        names = names[1:] + names[:1]  # nobody always follows the same neighbour
+        least = min(t.total for t in found.values())
+        if len(found[names[0]].rounds) < LEAST_ROUNDS or least < seconds:
+            continue
+        if least >= PATIENCE * seconds or all(t.narrow(interval) for t in found.values()):
+            return found
+
+
+def _warm_up(call: Callable[[], object], wait: Callable[[], object]) -> int:
+    """Call it a few times; gives how many calls fill a turn."""
+    last = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        wait()
+        last = time.perf_counter() - started
+    return max(1, min(1000, int(BLOCK_SECONDS / max(last, 1e-7))))
+
+
+def _turn(call: Callable[[], object], wait: Callable[[], object], times: Times) -> None:
+    found = []
+    call()  # the turn before has left the caches to another
+    wait()
+    for _ in range(times.block):
+        started = time.perf_counter()
+        call()
+        wait()
+        found.append(time.perf_counter() - started)
+    times.rounds.append(found)
+    times.total += sum(found)
