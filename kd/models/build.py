@@ -21,13 +21,14 @@ def build(
     image_size: int,
     in_channels: int = 3,
     classes: Sequence[str] | None = None,
+    *,
     pretrained: bool = False,
 ) -> Classifier:
     """The classifier that a model YAML describes, for views of `image_size` pixels.
 
-    `spec` has `name`, `args` (with `_target_`: a class of ours, else timm's arguments) and `preprocess`; `pretrained` asks for
-    timm's hub weights. `spec.checkpoint` is the caller's to load. Gray images are expanded to three channels.
-    Raises ValueError for a network that cannot be built so, FileNotFoundError for hub weights out of reach.
+    `spec` has `name`, `args` (with `_target_`: a class of ours, else timm's arguments) and `preprocess`; `pretrained`
+    asks for timm's hub weights. `spec.checkpoint` is the caller's to load. Gray images are expanded to three
+    channels. Raises ValueError for a network that cannot be built so, FileNotFoundError for hub weights out of reach.
     """
     spec = {k: plain(spec[k]) for k in KEPT if spec.get(k) is not None}
     args, wishes = spec.setdefault("args", {}), spec.setdefault("preprocess", {})
@@ -44,7 +45,7 @@ def build(
         origin = {"weights": "scratch"}
     else:
         network, origin = build_timm(spec, built, pretrained)
-    classifier = Classifier(network, make_preprocess(network, wishes, built), spec, built, classes, origin)
+    classifier = Classifier(network, make_preprocess(network, wishes, built), spec, built, classes, origin=origin)
     classifier.dry_forward()
     return classifier
 
@@ -141,7 +142,7 @@ def make_preprocess(network: nn.Module, wishes: Mapping, built: Mapping) -> Prep
         interpolation = "bilinear"
     crop_pct = wishes.get("crop_pct") or own.get("crop_pct") or 1.0
     mean, std = per_channel(mean, built["in_channels"]), per_channel(std, built["in_channels"])
-    return Preprocess(built["image_size"], built["size"], mean, std, interpolation, crop_pct)
+    return Preprocess(built["image_size"], built["size"], mean, std, interpolation=interpolation, crop_pct=crop_pct)
 
 
 def per_channel(values: Sequence[float], channels: int) -> list[float]:

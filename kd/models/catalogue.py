@@ -46,14 +46,14 @@ def preset(name: str) -> dict:
 
 
 def survey(names: Iterable[str] | None = None, classes: int = 100, size: int = 32) -> Iterable[dict[str, Any]]:
-    """One row a preset or timm name (all presets by default): name, family, network, parameters, macs, stages, reason."""
+    """One row a preset or timm name, all presets by default: what `describe` says of it."""
     known = presets()
     for name in known if names is None else names:
         yield describe(name, known.get(name, {"name": name, "family": ""}), classes, size)
 
 
 def describe(name: str, spec: dict, classes: int, size: int) -> dict[str, Any]:
-    """One row of the catalogue; where the network cannot be built at this size, why."""
+    """A row: name, family, network, pixels, parameters, macs, stages, and the reason for what is missing."""
     row = {"name": name, "family": spec.get("family", "other"), "network": spec["name"], "pixels": size}
     try:
         classifier = build_light(spec, classes, size)
@@ -67,7 +67,7 @@ def describe(name: str, spec: dict, classes: int, size: int) -> dict[str, Any]:
         "macs": count_macs(classifier),
         "stages": stages,
         "reason": "; ".join(
-            f"{', '.join(k for k in missing if missing[k] == why)}: {why}" for why in set(missing.values())
+            f"{', '.join(k for k in missing if missing[k] == why)}: {why}" for why in dict.fromkeys(missing.values())
         ),
     }
 

@@ -50,8 +50,8 @@ class BasicBlock(nn.Module):
 class ResNet(Staged):
     """He et al. 2016 (arXiv:1512.03385), sec. 4.2: three layers of (depth - 2) / 6 blocks, widths `width` x 1, 2, 4.
 
-    `shortcut` is `projection` (option B, as in the distillation literature) or `pad` (option A, He et al.'s own on CIFAR).
-    The literature's resnet8x4 and resnet32x4 have `width=64` and a stem of 32.
+    `shortcut` is `projection` (option B, as in the distillation literature) or `pad` (option A, He et al.'s own on
+    CIFAR). The literature's resnet8x4 and resnet32x4 have `width=64` and a stem of 32.
     """
 
     blocks = ("layer1", "layer2", "layer3")
@@ -60,6 +60,7 @@ class ResNet(Staged):
         self,
         num_classes: int,
         in_channels: int = 3,
+        *,
         depth: int = 20,
         width: int = 16,
         stem_width: int | None = None,
@@ -105,7 +106,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(Staged):
-    """Zagoruyko, Komodakis 2016 (arXiv:1605.07146): WRN-depth-width, three layers of (depth - 4) / 6 pre-activation blocks."""
+    """Zagoruyko, Komodakis 2016 (arXiv:1605.07146): three layers of (depth - 4) / 6 blocks, norms first."""
 
     blocks = ("layer1", "layer2", "layer3")
 
@@ -142,9 +143,9 @@ VGG_CONVOLUTIONS = {
 
 
 class VGG(Staged):
-    """Simonyan, Zisserman 2015 (arXiv:1409.1556) with batch norm: five blocks, max-pooling between the first four, one linear layer.
+    """Simonyan, Zisserman 2015 (arXiv:1409.1556) with batch norm: five blocks and one linear layer.
 
-    As in the distillation literature the fourth block is not followed by pooling below 64 pixels.
+    Max-pooling lies between the first four; as in the distillation literature none follows the fourth below 64 pixels.
     """
 
     blocks = ("block1", "block2", "block3", "block4")
@@ -172,7 +173,7 @@ class VGG(Staged):
 
 
 class PoolAbove(nn.Module):
-    """Max-pooling before a VGG block; before the last one only for images of 64 pixels and above (maps of 8 and above)."""
+    """Max-pooling before a VGG block; before the last one only for maps of 8 and above (images of 64 pixels)."""
 
     def __init__(self, block: int):
         super().__init__()

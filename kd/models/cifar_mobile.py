@@ -10,7 +10,7 @@ from kd.models.staged import Staged, init_convolutions
 
 
 def conv_bn(
-    width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, relu: bool = True
+    width_in: int, width_out: int, kernel: int = 1, stride: int = 1, *, groups: int = 1, relu: bool = True
 ) -> nn.Sequential:
     """A convolution, batch norm and, unless told otherwise, ReLU."""
     convolution = nn.Conv2d(width_in, width_out, kernel, stride, kernel // 2, groups=groups, bias=False)
@@ -36,9 +36,9 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Staged):
-    """Sandler et al. 2018 (arXiv:1801.04381) as the distillation literature runs it on CIFAR: total stride 16 on 32 pixels.
+    """Sandler et al. 2018 (arXiv:1801.04381) as the distillation literature runs it on CIFAR.
 
-    `width` scales every width but that of the last 1x1 convolution.
+    The total stride is 16. `width` scales every width but that of the last 1x1 convolution.
     """
 
     blocks = ("layer1", "layer2", "layer3", "layer4")
@@ -103,7 +103,7 @@ class GroupedBottleneck(nn.Module):
 
 
 class ShuffleNetV1(Staged):
-    """Zhang et al. 2018 (arXiv:1707.01083), three groups, with a 1x1 stem at full resolution as the distillation literature has it."""
+    """Zhang et al. 2018 (arXiv:1707.01083), three groups; the 1x1 stem is the distillation literature's."""
 
     blocks = ("layer1", "layer2", "layer3")
     head_name = "linear"
@@ -161,7 +161,7 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(Staged):
-    """Ma et al. 2018 (arXiv:1807.11164) at width 1, with a 1x1 stem at full resolution as the distillation literature has it."""
+    """Ma et al. 2018 (arXiv:1807.11164) at width 1; the 1x1 stem is the distillation literature's."""
 
     blocks = ("layer1", "layer2", "layer3")
     head_name = "linear"

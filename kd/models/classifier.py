@@ -17,8 +17,8 @@ from kd.models.preprocess import Preprocess
 class Classifier(nn.Module):
     """(uint8, or float in [0, 1], (B, C, h, w)) -> Output, features on request.
 
-    `network` alone holds parameters. `spec` is what was asked for, `built` what it came to (arguments, stem, sizes), `origin`
-    where the weights are from.
+    `network` alone holds parameters. `spec` is what was asked for, `built` what it came to (arguments, stem, sizes),
+    `origin` where the weights are from.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Classifier(nn.Module):
         spec: Mapping,
         built: Mapping,
         classes: Sequence[str] | None = None,
+        *,
         origin: Mapping | None = None,
     ):
         super().__init__()
@@ -100,7 +101,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def dry_forward(self) -> None:
-        """One image through the network, in eval mode: what the stages look like, and whether the head is what it seems."""
+        """One image through the network, in eval mode: how the stages look, and whether the head is what it seems."""
         self.taps = tapping.find_taps(self.network)
         forget_caches(self.network)
         parameter, training = next(self.network.parameters()), self.network.training
@@ -108,8 +109,8 @@ class Classifier(nn.Module):
         self.network.eval()
         try:
             names = [n for n in STAGES if n not in self.taps.reasons]
-            final, maps = tapping.features(self.network, self.taps, x, names)
-            if parameter.device.type != "meta":
+            final, maps = tapping.features(self.network, self.taps, x, names) if names else (None, {})
+            if final is not None and parameter.device.type != "meta":
                 tapping.settle_head(self.network, self.taps, final)
         finally:
             self.network.train(training)
@@ -140,7 +141,7 @@ class Classifier(nn.Module):
         return self._stages
 
     def compile(self, **options) -> None:
-        """Compile the network and what reads its features; preprocessing and the head's bookkeeping stay as they are."""
+        """Compile the network and what reads its features; preprocessing stays as it is."""
         self._read = torch.compile(tapping.read, **options)
 
     def __getstate__(self) -> dict:
@@ -150,7 +151,7 @@ class Classifier(nn.Module):
 
 
 def forget_caches(network: nn.Module) -> None:
-    """Drop the position biases that some of timm's attention layers keep in eval mode: new weights would not reach them."""
+    """Drop the position biases that some of timm's layers keep in eval mode: new weights would not reach them."""
     for module in network.modules():
         if getattr(module, "attention_bias_cache", None):
             module.attention_bias_cache = {}

@@ -1,4 +1,4 @@
-"""Weights that were saved elsewhere: read without running code, renamed where only names differ, refused where shapes do."""
+"""Weights that were saved elsewhere: read without running code, renamed where names differ, refused where shapes do."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def some(names: list[str], count: int = 4) -> str:
 def load_weights(classifier: Classifier, path: str | Path, strict: bool = True) -> Report:
     """Fill a classifier's network from safetensors or a legacy torch file; says what did not match.
 
-    With `strict` everything must match but counters, else ValueError; without, what fits is loaded. Raises FileNotFoundError
-    for a missing file, ValueError for a broken one, for one with code in it, and for another network's or another data set's.
+    With `strict` everything must match but counters, else ValueError; without, what fits is loaded. Raises
+    FileNotFoundError for a missing file, ValueError for a broken one, for one with code in it, and for another
+    network's or another data set's.
     """
     path = Path(path)
     report = Report(str(path))
@@ -94,7 +95,7 @@ def load_weights(classifier: Classifier, path: str | Path, strict: bool = True) 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A file's tensors by name, wrappers such as `state_dict` taken off; a folder stands for its `model.safetensors`."""
+    """A file's tensors by name, wrappers such as `state_dict` taken off; a folder means its `model.safetensors`."""
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there are no weights at {path}. Expected a .safetensors, .pt, .pth or .bin file")
@@ -125,8 +126,9 @@ def read_legacy(path: Path) -> object:
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
             raise ValueError(
-                f"{path} holds Python objects, not only tensors: reading it would run code from the file, so it is refused. "
-                f"Save the plain state dict where you trust it: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+                f"{path} holds Python objects, not only tensors: reading it would run code from it, so it is refused. "
+                f"Save the plain state dict where you trust it: "
+                f"safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
             ) from error
         raise ValueError(f"{path} is not a torch file, or was cut off ({str(error)[:120]})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

@@ -1,4 +1,4 @@
-"""Finding a timm network's hub weights: in the cache, else on the hub, and at once an error that helps when neither is there."""
+"""A timm network's hub weights: from the cache, else from the hub, else at once an error that helps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 FILES = ("model.safetensors", "pytorch_model.bin")
-PATIENCE_S = 5.0  # the libraries' own retries take 47 seconds to say the same
+PATIENCE_S = 3.0  # the libraries' own retries take 47 seconds to say the same
 
 
 def has_weights(name: str) -> bool:
@@ -23,7 +23,8 @@ def has_weights(name: str) -> bool:
 def find_weights(name: str) -> Path:
     """The file of a network's hub weights, fetched if need be.
 
-    Raises ValueError when timm has none for this network, FileNotFoundError when they are neither in the cache nor within reach.
+    Raises ValueError when timm has none for this network, FileNotFoundError when they are neither in the cache nor
+    within reach.
     """
     import timm
 
@@ -82,7 +83,7 @@ def offline() -> bool:
 
 
 def reachable(address: str) -> bool:
-    """Whether a server answers at all, through the proxies of the environment; never longer than five seconds."""
+    """Whether a server answers at all, through the proxies of the environment; never longer than three seconds."""
     answer: list[bool] = []
 
     def ask() -> None:

@@ -29,7 +29,7 @@ def centre(images: Tensor, size: int) -> Tensor:
 
 
 def fit(images: Tensor, size: int) -> Tensor:
-    """Shorter side resized to `size`, then the centre, as the view of a data set does: (B, C, h, w) -> (B, C, size, size)."""
+    """Shorter side resized to `size`, then the centre, as a data set's view does: (B, C, size, size)."""
     height, width = images.shape[-2:]
     if (height, width) == (size, size):
         return images
@@ -38,7 +38,7 @@ def fit(images: Tensor, size: int) -> Tensor:
 
 
 def as_fractions(images: Tensor, size: int) -> Tensor:
-    """uint8 or float in [0, 1] (B, C, h, w) -> float32 in [0, 1] (B, C, size, size); uint8 is resized as the data set's view is."""
+    """float32 in [0, 1], (B, C, size, size); uint8 is resized in its own kernels, as a data set's view is."""
     if images.dtype != torch.uint8:
         return fit(images.float(), size)
     if images.shape[-2:] != (size, size) and images.device.type != "cpu":  # uint8 kernels are the CPU's only
@@ -49,9 +49,10 @@ def as_fractions(images: Tensor, size: int) -> Tensor:
 class Preprocess(nn.Module):
     """uint8 or float in [0, 1], (B, C, h, w) -> normalised float32 (B, channels, size, size).
 
-    Images of another size than the data set's view (`image_size`) are first brought to it; then, where the network has a `size`
-    of its own, to that. A view larger than `size` is resized to `size / crop_pct` and its centre taken. One gray channel serves
-    a network of any number of channels. The constants are kept out of the state dict and exact under any cast of the network.
+    Images of another size than the data set's view (`image_size`) are first brought to it; then, where the network
+    has a `size` of its own, to that. A view larger than `size` is resized to `size / crop_pct` and its centre taken.
+    One gray channel serves a network of any number of channels. The constants are kept out of the state dict and
+    exact under any cast of the network.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Preprocess(nn.Module):
         size: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        *,
         interpolation: str = "bilinear",
         crop_pct: float = 1.0,
     ):

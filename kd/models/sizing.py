@@ -46,7 +46,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
 
 
 def reductions(network: nn.Module) -> list[int]:
-    """How much smaller than the image each part's map is, as timm's `feature_info` says; empty where it says nothing."""
+    """How much smaller than the image each part's map is, by timm's `feature_info`; empty where it says nothing."""
     info = getattr(network, "feature_info", None) or []
     return [i["reduction"] for i in (info if isinstance(info, list) else info.info)]
 
@@ -55,7 +55,8 @@ def size_arguments(name: str, args: Mapping[str, Any], size: int, pretrained: bo
     """Arguments to try, best first: image and patch size where the network takes them.
 
     Below 96 pixels a network whose maps all have one size (ViT, Mixer) gets patches of 4 pixels, one that shrinks them
-    step by step (Swin, ConvNeXt) a stem of stride 2, of stride 1 up to 16 pixels. Hub weights keep a shrinking network's own.
+    step by step (Swin, ConvNeXt) a stem of stride 2, of stride 1 up to 16 pixels. Hub weights keep a shrinking
+    network's own.
     """
     import timm
 
@@ -169,7 +170,7 @@ def try_forward(network: nn.Module, in_channels: int, size: int) -> None:
 
 
 def small_stem(network: nn.Module) -> bool:
-    """Let a CNN's first convolution keep the map's size, 3x3 for 7x7, and drop the max-pooling after it; False: it has none such.
+    """Let a CNN's first convolution keep the map's size, 3x3 for 7x7, and drop the max-pooling; False: it has none.
 
     Weights that were there stay: the middle of a larger kernel.
     """

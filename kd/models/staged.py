@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Staged(nn.Module):
     """A network in parts, so that the maps between them can be asked for.
 
-    A subclass defines `blocks` (the modules after the stem, in order) and `forward_stem`; where something follows the last
-    block, `forward_neck`. The part numbers of `forward_intermediates` are 0 for the stem, then the blocks.
+    A subclass defines `blocks` (the modules after the stem, in order) and `forward_stem`; where something follows the
+    last block, `forward_neck`. The part numbers of `forward_intermediates` are 0 for the stem, then the blocks.
     """
 
     blocks: tuple[str, ...] = ()  # names of the modules that follow the stem

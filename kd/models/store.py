@@ -20,8 +20,10 @@ CFG_KEYS = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifie
 
 
 def save(classifier: Classifier, folder: str | Path) -> list[Path]:
-    """Write `model.safetensors` (the network's state dict, its keys unchanged) and `config.json` (timm's hub layout, and ours
-    under `kd`); the same classifier gives the same bytes. Returns the two paths.
+    """Write `model.safetensors` and `config.json` into a folder; returns the two paths.
+
+    The weights are the network's state dict, its keys unchanged; the config has timm's hub layout, and ours under
+    `kd`. The same classifier gives the same bytes.
     """
     from safetensors.torch import save_file
 
@@ -74,7 +76,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
 
 
 def load(path: str | Path, trust: bool = False) -> Classifier:
-    """The classifier that `save` wrote into a folder (or whose `model.safetensors` is given), with the same logits, in eval mode.
+    """The classifier that `save` wrote into a folder, or beside a `model.safetensors`: the same logits, in eval mode.
 
     timm's own hub folders load too. `trust` lets the config name classes outside this package.
     Raises FileNotFoundError for what is not there, ValueError for what does not fit or is not allowed.
@@ -128,7 +130,7 @@ def rebuild(config: Mapping, trust: bool) -> Classifier:
     else:
         network = rebuild_timm(spec["name"], args, built)
     preprocess = Preprocess(**section["preprocess"])
-    return Classifier(network, preprocess, spec, built, section.get("classes"), section.get("origin"))
+    return Classifier(network, preprocess, spec, built, section.get("classes"), origin=section.get("origin"))
 
 
 def rebuild_timm(name: str, args: Mapping, built: Mapping) -> nn.Module:
@@ -161,10 +163,15 @@ def rebuild_foreign(config: Mapping) -> Classifier:
     network = rebuild_timm(name, args, built)
     mean, std = theirs.get("mean") or IMAGENET_MEAN, theirs.get("std") or IMAGENET_STD
     preprocess = Preprocess(
-        shape[-1], shape[-1], mean, std, theirs.get("interpolation") or "bilinear", theirs.get("crop_pct") or 1.0
+        shape[-1],
+        shape[-1],
+        mean,
+        std,
+        interpolation=theirs.get("interpolation") or "bilinear",
+        crop_pct=theirs.get("crop_pct") or 1.0,
     )
     spec = {"name": name, "args": args, "preprocess": {}}
-    return Classifier(network, preprocess, spec, built, theirs.get("label_names"), {"weights": "file"})
+    return Classifier(network, preprocess, spec, built, theirs.get("label_names"), origin={"weights": "file"})
 
 
 def check_trusted(value: Any, trust: bool) -> None:

@@ -16,7 +16,7 @@ PATH = "module:"  # features=["module:layer1.0.conv2"]: the output of one module
 
 
 class MeanHead(nn.Module):
-    """The mean of two linear heads, on one shared vector or on two that lie side by side: (B, D) or (B, 2 D) -> (B, K)."""
+    """The mean of two linear heads, on one vector (B, D) or on two side by side (B, 2 D) -> (B, K)."""
 
     def __init__(self, heads: Sequence[nn.Module], split: bool):
         super().__init__()
@@ -58,7 +58,7 @@ class Taps:
 
 
 def pick_parts(reductions: Sequence[int]) -> list[int]:
-    """The part that ends each stage, the last four of them: a part's reduction is how much smaller its map is than the image.
+    """The part that ends each stage, the last four: a part's reduction is how much smaller its map is than the image.
 
     Where the reduction never changes, or fewer than four times, a stage is a quarter of the depth.
     """
@@ -84,7 +84,8 @@ def find_taps(network: nn.Module) -> Taps:
         missing = STAGES[: len(STAGES) - len(chosen)]
         taps.reasons.update(dict.fromkeys(missing, f"the network has only {len(chosen)} stages, the last is stage4"))
     taps.head = head_by_type(network)
-    if taps.head is None:
+    if taps.head is None or not hasattr(network, "forward_head"):
+        taps.head = None
         taps.reasons["penultimate"] = "the network's head is not one layer on one vector"
     return taps
 
@@ -153,7 +154,7 @@ def penultimate(network: nn.Module, taps: Taps, final: Tensor) -> Tensor:
 def read(
     network: nn.Module, taps: Taps, x: Tensor, wanted: tuple[str, ...]
 ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """(logits, logits of a distillation head in training or None, {feature: tensor}); computes no more than that takes."""
+    """(logits, those of a distillation head in training or None, {feature: tensor}); computes no more than that."""
     stages = tuple(n for n in STAGES if n in wanted or (n == "stage4" and "tokens" in wanted))
     if not stages and "penultimate" not in wanted:
         logits, extra = both(network(x))
