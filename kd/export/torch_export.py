@@ -46,7 +46,16 @@ def calibrated(program: torch.export.ExportedProgram, quantizer: Any, calibratio
         for chunk in calibration.split(batch):
             if len(chunk) == batch:
                 prepared(chunk)
-    return convert_pt2e(prepared)
+    return prune(convert_pt2e(prepared))
+
+
+def prune(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Drop the float32 weights that stay behind beside their int8 versions."""
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [n for n, _ in [*module.named_parameters(), *module.named_buffers()] if n not in used]:
+        owner, _, last = name.rpartition(".")
+        delattr(module.get_submodule(owner), last)
+    return module
 
 
 def read(file: Path) -> Callable[[Tensor], Tensor]:
@@ -63,7 +72,6 @@ def read(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _is_int8(file: Path) -> bool:
-    extra = {"metadata.json": ""}
     import zipfile
 
     with zipfile.ZipFile(file) as archive:
