@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def gram(features: Tensor) -> Tensor:
     """Inner products (N, N) of N images' features, diagonal zero, centred so that the estimate of HSIC has no bias.
 
-    Song et al. 2012 (JMLR 13), as Nguyen et al. 2021 (arXiv:2010.15327) use it: without this, N images in many more dimensions
-    look alike whatever they are.
+    Song et al. 2012 (JMLR 13), as Nguyen et al. 2021 (arXiv:2010.15327) use it: without this, N images in many more
+    dimensions look alike whatever they are.
     """
     x = features.flatten(1).double()
     k = (x @ x.T).fill_diagonal_(0)
@@ -23,8 +23,9 @@ def gram(features: Tensor) -> Tensor:
 
 
 def cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA (Kornblith et al. 2019, arXiv:1905.00414) of features (N, ...) and (N, ...), N above 3: 1 for the same up to rotation
-    and scale, about 0 for unrelated ones. Raises ValueError for fewer images.
+    """Linear CKA (Kornblith et al. 2019, arXiv:1905.00414) of features (N, ...) and (N, ...).
+
+    1 for the same up to rotation and scale, about 0 for unrelated ones. Raises ValueError for fewer than 4 images.
     """
     if len(x) < 4:
         raise ValueError(f"CKA needs 4 images or more, got {len(x)}")
@@ -49,8 +50,8 @@ def compare(student: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[lis
     return list(ours), list(theirs), [[cka(x, y) for y in theirs.values()] for x in ours.values()]
 
 
-def draw(found: tuple[list[str], list[str], list[list[float]]], path: Path, title: str) -> Path:
-    """The map as a picture."""
+def draw(found: tuple[list[str], list[str], list[list[float]]], path: Path, title: str, labels: list[str]) -> Path:
+    """The map as a picture; `labels` of the teacher and the student."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,8 +67,8 @@ def draw(found: tuple[list[str], list[str], list[list[float]]], path: Path, titl
             axes.text(
                 x, y, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.55 else "black", fontsize=9
             )
-    axes.set_xlabel("teacher")
-    axes.set_ylabel("student")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
     axes.set_title(title, fontsize=10)
     figure.colorbar(picture, ax=axes, label="linear CKA (1: the same, 0: unrelated)")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ class Ensemble(nn.Module):
     """Classifiers of the same classes that answer together; each prepares the images in its own way. No features."""
 
     def __init__(self, members: Sequence[nn.Module], average: str = "probs"):
-        """`average`: `probs` (Hinton et al. 2015, arXiv:1503.02531, sec. 3: the arithmetic mean) or `logits` (the geometric)."""
+        """`average`: `probs` (arithmetic mean) or `logits` (geometric); Hinton et al. 2015 (arXiv:1503.02531)."""
         super().__init__()
         self.members, self.average = nn.ModuleList(members), average
 
@@ -37,8 +37,8 @@ class Ensemble(nn.Module):
         """Logits (B, K). Raises ValueError for any feature: the members' are not comparable."""
         if wanted := [f for f in features if f != "logits"]:
             raise ValueError(
-                f"an ensemble has no '{wanted[0]}': its members' features have other widths and other meanings. Choose terms on "
-                "logits, such as loss=kd, dkd, dist, ttm or ofa, or one teacher"
+                f"an ensemble has no '{wanted[0]}': its members' features have other widths and other meanings. "
+                "Choose terms on logits, such as loss=kd, dkd, dist, ttm or ofa, or one teacher"
             )
         logits = self.combine(torch.stack([m(images).logits.float() for m in self.members]))  # (B, K)
         return Output(logits, {"logits": logits} if "logits" in features else {})
@@ -55,8 +55,8 @@ def check_members(cfg: Config) -> None:
     members = cfg.teacher.members
     if len(members) < 2:
         raise ConfigError(
-            f"teacher=ensemble has {len(members)} members: type teacher.members=[resnet20,resnet56,RUN_DIR,...], two or more. "
-            "NAME@1 is the same network trained with seed 1, NAME:PATH a network with weights from a file"
+            f"teacher=ensemble has {len(members)} members: type teacher.members=[resnet20,resnet56,RUN_DIR], two or "
+            "more. NAME@1 is the same network trained with seed 1, NAME:PATH a network with weights from a file"
         )
     if twice := sorted({m for m in members if members.count(m) > 1}):
         raise ConfigError(
@@ -64,7 +64,7 @@ def check_members(cfg: Config) -> None:
         )
     if cfg.teacher.checkpoint != "auto":
         raise ConfigError(
-            "teacher.checkpoint has no meaning for an ensemble: type the paths into teacher.members=[PATH,NAME:PATH,...]"
+            "teacher.checkpoint has no meaning for an ensemble: type the paths into teacher.members=[PATH,NAME:PATH]"
         )
 
 

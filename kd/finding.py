@@ -19,7 +19,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Two sentences."""
-        return f"{self.text}. {self.fix}"
+        return f"{self.text.rstrip('.')}. {self.fix}" if self.fix else self.text
 
 
 def stop(findings: Sequence[Finding], say: Callable[[str], None]) -> None:

@@ -44,7 +44,7 @@ def shown(shape: tuple[int, ...]) -> str:
 
 
 def pairs(loss: nn.Module, outputs: list[Any]) -> list[Pair]:
-    """Of every term that a teacher is needed for; `outputs` of the student and the teacher, as the loss was set up with."""
+    """Of every term that needs a teacher; `outputs` of the student and the teacher, as the loss was set up with."""
     student, teacher = outputs
     found = []
     for name, term in loss.terms.items():

@@ -1,7 +1,8 @@
 """What may be wrong between a teacher's weights and these images: the order of classes, the preprocessing, the head.
 
-Each test compares a teacher with what it would be under another reading, image by image, and believes the other reading only
-where it is better by more than luck (McNemar 1947). Images are spread evenly over the split, which lies class after class.
+Each test compares a teacher with what it would be under another reading, image by image, and believes the other reading
+only where it is better by more than luck (McNemar 1947). Images are spread evenly over the split, which lies class
+after class.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ def spread(split: Any, most: int) -> Any:
     """At most so many images of a split, evenly spaced: all of its classes, the same ones every time."""
     if len(split) <= most:
         return split
-    return split.subset(torch.linspace(0, len(split) - 1, most).round().long())
+    return split.subset(places(len(split), most))
+
+
+def places(total: int, count: int) -> Tensor:
+    """`count` numbers from 0 to total - 1, evenly spaced, int64."""
+    return torch.linspace(0, total - 1, count).round().long()
 
 
 def surely_better(new: Tensor, old: Tensor) -> bool:
@@ -50,8 +56,8 @@ def assign(guesses: Tensor, targets: Tensor, num_classes: int) -> Tensor:
 def other_order(logits: Tensor, targets: Tensor) -> tuple[Tensor, float] | None:
     """(order, top-1 under it) where another naming of the outputs is surely better, else None.
 
-    The naming is found on one half of the images and judged on the other, both ways round: any naming fits the images that
-    it was made from.
+    The naming is found on one half of the images and judged on the other, both ways round: any naming fits the images
+    that it was made from.
     """
     guesses, classes = logits.argmax(1), logits.shape[1]
     right, named = guesses == targets, torch.zeros(len(targets), dtype=torch.bool)
@@ -127,7 +133,7 @@ def read_as(classifier: nn.Module, split: Any, right: Right, reading: Reading) -
     before = classifier.preprocess
     settings = {**before.settings(), "mean": reading.mean, "std": reading.std}
     device = next(classifier.parameters()).device
-    classifier.preprocess = nn.Sequential(Swap(), Preprocess(**settings)) if reading.swapped else Preprocess(**settings)
+    classifier.preprocess = nn.Sequential(Preprocess(**settings), Swap()) if reading.swapped else Preprocess(**settings)
     try:
         classifier.preprocess.to(device)
         return right(split)

@@ -96,6 +96,7 @@ def run(
     Raises SweepError at the end where a cell failed.
     """
     from kd import plan
+    from kd.look import look_over
 
     at_once = jobs_at_once(config)
     name = config.sweep_name or "adhoc-" + hashlib.sha256(repr(sorted(arguments)).encode()).hexdigest()[:8]
@@ -106,6 +107,7 @@ def run(
     seconds = plan.estimate(cells, at_once)
     plan.show(name, cells, len(asked), seconds, at_once)
     if config.dry:
+        look_over(cells)
         return check(cells)
     manifest = Manifest(Path(config.runs_dir), name, command(arguments, config))
     manifest.write(cells)

@@ -36,7 +36,7 @@ class Loaded:
 
 
 def teacher_config(cfg: Config) -> Config:
-    """The run that a teacher is: `teacher=none student=<it> recipe=<teacher.recipe>`, its own seed and data, in the same runs_dir."""
+    """The run that a teacher is: `teacher=none student=<it> recipe=<teacher.recipe>`, its own seed and data, same runs_dir."""
     t = cfg.teacher
     model = {f.name: getattr(t, f.name) for f in dataclasses.fields(Student)}
     return dataclasses.replace(
@@ -55,7 +55,7 @@ def teacher_config(cfg: Config) -> Config:
 
 
 def obtain(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Callable[[str], None]) -> Loaded:
-    """The teacher that `cfg` asks for, in eval mode. `train(config, wait=True)` trains it where there is no finished run yet, once."""
+    """The teacher that `cfg` asks for, in eval mode; `train(config, wait=True)` trains it where there is no finished run."""
     if cfg.teacher.name == "ensemble":
         from kd import ensemble
 
@@ -117,7 +117,7 @@ def from_file(cfg: Config, dataset: Any, weights: Path, say: Callable[[str], Non
 
 
 def reread(classifier: nn.Module, wanted: Teacher) -> None:
-    """Give a saved classifier the preprocessing that was typed: `teacher.preprocess.mean`, `std`, `interpolation`, `crop_pct`."""
+    """Give a saved classifier the preprocessing that was typed: `mean`, `std`, `interpolation`, `crop_pct`."""
     typed = {k: v for k, v in dataclasses.asdict(wanted.preprocess).items() if v is not None and k != "size"}
     now = classifier.preprocess.settings()
     for key in ("mean", "std"):
@@ -128,11 +128,11 @@ def reread(classifier: nn.Module, wanted: Teacher) -> None:
 
 
 def reorder(classifier: nn.Module, names: list[str], wanted: list[str]) -> None:
-    """Make the outputs, which are `names` in their order, the data set's classes in theirs. Raises ConfigError for other names."""
+    """Make the outputs, `names` in their order, the data set's classes in theirs. Raises ConfigError for other names."""
     if sorted(names) != sorted(wanted):
         strange = sorted(set(names) ^ set(wanted))
         raise ConfigError(
-            f"teacher.classes: expected the {len(wanted)} classes of the data set, each once; look at {', '.join(strange[:5])}"
+            f"teacher.classes: expected the data set's {len(wanted)} classes, each once; look at {', '.join(strange[:5])}"
         )
     take = torch.tensor([names.index(name) for name in wanted])
     heads = classifier.network.get_classifier()
@@ -151,19 +151,19 @@ def check_classes(classifier: nn.Module, dataset: Any, where: str) -> None:
     if classifier.num_classes != len(wanted):
         raise UserError(
             f"{where} has {classifier.num_classes} classes, the dataset has {len(wanted)}: a new head would be random. "
-            "Give weights trained on this dataset (teacher.checkpoint=PATH), or teacher.checkpoint=auto to fine-tune it first"
+            "Give weights trained on this dataset (teacher.checkpoint=PATH), or teacher.checkpoint=auto to fine-tune it"
         )
     if not names or names == wanted:
         return
     at = next(i for i, (a, b) in enumerate(zip(names, wanted, strict=True)) if a != b)
     if sorted(names) == sorted(wanted):
         raise UserError(
-            f"{where} has the dataset's classes in another order: its class {at} is '{names[at]}', the dataset's is '{wanted[at]}'. "
-            f"Type {typed_classes(names)}, or teacher.checkpoint=auto to train one on this dataset"
+            f"{where} has the dataset's classes in another order: its class {at} is '{names[at]}', the dataset's is "
+            f"'{wanted[at]}'. Type {typed_classes(names)}, or teacher.checkpoint=auto to train one on this dataset"
         )
     raise UserError(
-        f"{where} learnt other classes, those of another dataset: its class {at} is '{names[at]}', the dataset's is '{wanted[at]}'. "
-        "Give a teacher of this dataset: teacher.checkpoint=auto, or rename the class folders"
+        f"{where} learnt other classes, those of another dataset: its class {at} is '{names[at]}', the dataset's is "
+        f"'{wanted[at]}'. Give a teacher of this dataset: teacher.checkpoint=auto, or rename the class folders"
     )
 
 
@@ -174,7 +174,7 @@ def typed_classes(names: list[str]) -> str:
 
 
 def freeze(classifier: nn.Module, device: str, half: bool) -> nn.Module:
-    """A copy in eval for good, without gradients, batch norm folded into the convolutions, in bfloat16 where the run is."""
+    """A copy in eval for good, without gradients, batch norm folded into the convolutions, in bfloat16 if `half`."""
     if isinstance(classifier, Ensemble):
         return Ensemble([freeze(member, device, half) for member in classifier.members], classifier.average).eval()
     classifier = models.fold_batchnorm(classifier.eval()).to(device).eval().requires_grad_(False)

@@ -34,7 +34,16 @@ def test_a_plain_run_of_the_same_network_is_the_teacher(tiny, capsys):
     plain = [o for o in tiny if not o.startswith("dataset.")]
     alone = run(compose(*plain, "teacher=none", "recipe.steps=6", "recipe.batch_size=64"))
     capsys.readouterr()
-    settings = [*plain, "teacher=resnet8", "teacher.args.width=4", "teacher.recipe.steps=6", "recipe.steps=2", "teacher.min_top1=0", "baseline=off", "seed=1"]
+    settings = [
+        *plain,
+        "teacher=resnet8",
+        "teacher.args.width=4",
+        "teacher.recipe.steps=6",
+        "recipe.steps=2",
+        "teacher.min_top1=0",
+        "baseline=off",
+        "seed=1",
+    ]
     taught = run(compose(*settings))
     assert f"done already: {alone.folder}" in capsys.readouterr().out
     assert taught.record["teacher"]["run"] == alone.name
@@ -84,10 +93,10 @@ def test_the_view_that_the_teacher_sees(policy, same, raw):
 
 def test_other_classes_or_another_order_stop_the_run(classifier):
     class Data:
-        classes = [str(i) for i in range(10)]
+        classes = tuple(str(i) for i in range(10))
 
     teacher.check_classes(classifier, Data, "the teacher")
-    Data.classes = ["1", "0", *Data.classes[2:]]
+    Data.classes = ("1", "0", *Data.classes[2:])
     with pytest.raises(UserError, match="order"):
         teacher.check_classes(classifier, Data, "the teacher")
     Data.classes = Data.classes[:7]
@@ -97,9 +106,20 @@ def test_other_classes_or_another_order_stop_the_run(classifier):
 
 @pytest.mark.slow
 def test_two_runs_that_ask_at_once_train_the_teacher_once(tiny, tmp_path):
-    settings = [*tiny, "teacher=resnet8", "teacher.args.width=4", "teacher.recipe.epochs=3", "recipe.steps=2", "teacher.min_top1=0", "baseline=off"]
+    settings = [
+        *tiny,
+        "teacher=resnet8",
+        "teacher.args.width=4",
+        "teacher.recipe.epochs=3",
+        "recipe.steps=2",
+        "teacher.min_top1=0",
+        "baseline=off",
+    ]
     commands = [[sys.executable, "-m", "kd.train", *settings, f"seed={seed}"] for seed in (1, 2)]
-    started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}) for c in commands]
+    started = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+        for c in commands
+    ]
     said = [p.communicate() for p in started]
     assert [p.returncode for p in started] == [0, 0], said
     trained = [out for out, _ in said if "resnet8 (0.01 M parameters, from scratch, seed 0)" in out]
@@ -127,5 +147,5 @@ def test_weights_of_another_network_are_named(tiny, tmp_path, classifier):
 
     path = tmp_path / "weights.safetensors"
     save_file({n: v.clone() for n, v in classifier.network.state_dict().items()}, path)
-    with pytest.raises((UserError, ValueError), match="resnet14|expected|match"):
+    with pytest.raises((UserError, ValueError), match=r"resnet14|expected|match"):
         run(compose(*tiny, "teacher=resnet14", f"teacher.checkpoint={path}", "recipe.steps=1"))
