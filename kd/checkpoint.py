@@ -66,6 +66,9 @@ class Checkpoints:
         shutil.rmtree(self.folder / "previous", ignore_errors=True)
         if (last / TRAINING).exists():
             (last / TRAINING).unlink()
-            files.write_json(last / "sha256.json", {p.name: files.digest(p) for p in sorted(last.iterdir()) if p.name != "sha256.json"})
+            files.write_json(
+                last / "sha256.json",
+                {p.name: files.digest(p) for p in sorted(last.iterdir()) if p.name != "sha256.json"},
+            )
         for part in self.folder.glob(".*"):
             shutil.rmtree(part, ignore_errors=True)

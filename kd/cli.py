@@ -14,7 +14,6 @@ from typing import Any
 from kd.config import GROUPS, ROLES, Config, conf_dir, register, rewrite, setting_keys, settle
 from kd.hints import Interrupted, UserError, did_you_mean
 
-
 SETTINGS = """\
 Settings (KEY=VALUE)
   seed runs_dir fresh dry device threads baseline
@@ -55,7 +54,9 @@ def help_text(about: str, config_dirs: list[Path]) -> str:
             found |= {p.stem for folder in (conf_dir(), *config_dirs) for p in (folder / "model").glob("*.yaml")}
         if found:
             sign = "+" if group in ("experiment", "sweep", "search") else ""
-            lines += textwrap.wrap(f"{sign}{group}= {', '.join(sorted(found))}", 118, initial_indent="  ", subsequent_indent="      ")
+            lines += textwrap.wrap(
+                f"{sign}{group}= {', '.join(sorted(found))}", 118, initial_indent="  ", subsequent_indent="      "
+            )
     return "\n".join([about.strip(), "", "Choices (GROUP=NAME)", *lines, "", SETTINGS])
 
 
@@ -123,9 +124,13 @@ def explain(error: Exception) -> str:
         return _explain_key(found[1].strip(), text)
     if found := re.search(r"Key '([^']+)' not in '(\w+)'\s*\n?\s*full_key: (\S+)", text):
         return _explain_key(found[3], text)
-    if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'\s*\n+\s*Available options in '[^']+':\s*([^\n]+(?:\n\s+\S+)*)", text):
+    if found := re.search(
+        r"Could not find '([\w/]+)/([^'/]+)'\s*\n+\s*Available options in '[^']+':\s*([^\n]+(?:\n\s+\S+)*)", text
+    ):
         options = found[3].split()
-        return f"there is no {found[1]} '{found[2]}'.{did_you_mean(found[2], options)} Known: {', '.join(sorted(options))}"
+        return (
+            f"there is no {found[1]} '{found[2]}'.{did_you_mean(found[2], options)} Known: {', '.join(sorted(options))}"
+        )
     if found := re.search(r"Could not load '([\w/]+)/([^'/]+)'", text):
         options = sorted(p.stem for p in (conf_dir() / found[1]).glob("*.yaml"))
         return f"there is no {found[1]} '{found[2]}'.{did_you_mean(found[2], options)} Known: {', '.join(options)}"
@@ -136,7 +141,9 @@ def explain(error: Exception) -> str:
 
 def _explain_key(key: str, text: str) -> str:
     place = re.search(r"In '([^']+)'", text)
-    if "could not be converted" in text and (found := re.search(r"(Value '.*?' .*? could not be converted to \w+)", text)):
+    if "could not be converted" in text and (
+        found := re.search(r"(Value '.*?' .*? could not be converted to \w+)", text)
+    ):
         return f"{key}: {found[1]}"
     where = f" (in {place[1]}.yaml)" if place else ""
     return f"there is no setting '{key}'{where}.{did_you_mean(key, setting_keys())} All of them: python -m kd.train --cfg job"
@@ -175,5 +182,3 @@ def _terminable() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-
-

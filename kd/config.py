@@ -6,12 +6,13 @@ Nothing here imports torch: `python -m kd.train --help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional  # noqa: UP035 (omegaconf reads these)
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -20,7 +21,9 @@ from kd.hints import ConfigError, did_you_mean
 
 ROLES = ("teacher", "student")
 GROUPS = (*ROLES, "dataset", "loss", "augment", "recipe", "tracker", "experiment", "sweep", "search")
-FREE = re.compile(r"(student\.args|teacher\.args|dataset\.args|(teacher\.)?recipe\.optimizer_args|loss\.[^.=]+)\.[^=]+=")
+FREE = re.compile(
+    r"(student\.args|teacher\.args|dataset\.args|(teacher\.)?recipe\.optimizer_args|loss\.[^.=]+)\.[^=]+="
+)
 LENGTHS = ("epochs", "steps", "minutes")
 
 
@@ -28,11 +31,11 @@ LENGTHS = ("epochs", "steps", "minutes")
 class Preprocess:
     """What turns an image into a network's input; what is null comes from the model's own data config."""
 
-    mean: Optional[List[float]] = None
-    std: Optional[List[float]] = None
-    size: Optional[int] = None  # pixels; null: the dataset's
-    interpolation: Optional[str] = None
-    crop_pct: Optional[float] = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    size: int | None = None  # pixels; null: the dataset's
+    interpolation: str | None = None
+    crop_pct: float | None = None
 
 
 @dataclass
@@ -41,9 +44,9 @@ class Model:
 
     name: str = MISSING
     family: str = "other"
-    args: Dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
     pretrained: Any = "auto"  # auto: hub weights at 96 pixels and above
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)
 
 
@@ -52,15 +55,15 @@ class Augment:
     """What the view of an image goes through."""
 
     crop_padding: float = 0.0  # as a fraction of the image's side
-    random_resized_crop: Optional[List[float]] = None  # smallest and largest area
+    random_resized_crop: list[float] | None = None  # smallest and largest area
     flip: bool = False  # applied where a mirrored image keeps its class: dataset.mirror
     color_jitter: float = 0.0
-    randaugment: Optional[str] = None  # such as m9-n2
+    randaugment: str | None = None  # such as m9-n2
     trivial: bool = False
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    cycle_epochs: Optional[int] = None
+    cycle_epochs: int | None = None
     teacher_view: str = "same"  # same | independent | clean
 
 
@@ -68,26 +71,26 @@ class Augment:
 class Recipe:
     """How a network is trained: exactly one of `epochs`, `steps`, `minutes` is its length."""
 
-    epochs: Optional[float] = None
-    steps: Optional[int] = None
-    minutes: Optional[float] = None
+    epochs: float | None = None
+    steps: int | None = None
+    minutes: float | None = None
     batch_size: int = 64
     optimizer: str = "adamw"  # any of timm's names
-    optimizer_args: Dict[str, Any] = field(default_factory=dict)
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
     weight_decay: float = 0.05
     decay_all: bool = False  # also biases and norms, as the CIFAR literature does
     schedule: str = "cosine"  # cosine | multistep | constant
     warmup: float = 0.1  # fraction of the whole length
-    milestones: List[float] = field(default_factory=list)  # epochs at which multistep multiplies lr by `decay`
+    milestones: list[float] = field(default_factory=list)  # epochs at which multistep multiplies lr by `decay`
     decay: float = 0.1
     label_smoothing: float = 0.0
-    clip_grad: Optional[float] = None
+    clip_grad: float | None = None
     accumulate: int = 1
-    ema: Optional[float] = None  # decay of the averaged weights, which are then the ones evaluated and kept
-    patience: Optional[int] = None  # validations without a better val/top1 before training stops
+    ema: float | None = None  # decay of the averaged weights, which are then the ones evaluated and kept
+    patience: int | None = None  # validations without a better val/top1 before training stops
     val_every: int = 1  # epochs
-    keep_epochs: List[int] = field(default_factory=list)
+    keep_epochs: list[int] = field(default_factory=list)
     precision: str = "auto"  # auto | fp32 | bf16
     compile: str = "auto"  # auto | on | off
 
@@ -101,16 +104,20 @@ class Student(Model):
 class Teacher(Model):
     """The network that is imitated. A teacher is a run of its own: recipe, seed and data do not follow the student's."""
 
-    checkpoint: Optional[str] = "auto"  # auto: the run that its recipe describes, trained if need be; or a path or artifact
-    epoch: Optional[int] = None  # a checkpoint that teacher.recipe.keep_epochs kept
+    checkpoint: str | None = (
+        "auto"  # auto: the run that its recipe describes, trained if need be; or a path or artifact
+    )
+    epoch: int | None = None  # a checkpoint that teacher.recipe.keep_epochs kept
     seed: int = 0
     train_fraction: float = 1.0
-    min_top1: Optional[float] = None  # null: twice chance
+    min_top1: float | None = None  # null: twice chance
     cache: str = "auto"  # auto | on | off: keep what the teacher says of each view, for the runs after this one
     cache_gib: float = 16.0  # all caches of a runs_dir together
-    members: List[str] = field(default_factory=list)  # of an ensemble: presets or checkpoints
+    members: list[str] = field(default_factory=list)  # of an ensemble: presets or checkpoints
     average: str = "probs"  # of an ensemble: probs | logits
-    classes: List[str] = field(default_factory=list)  # what its outputs mean, in their order, where that is not the dataset's
+    classes: list[str] = field(
+        default_factory=list
+    )  # what its outputs mean, in their order, where that is not the dataset's
     recipe: Recipe = field(default_factory=Recipe)
     augment: Augment = field(default_factory=Augment)
 
@@ -121,7 +128,7 @@ class Dataset:
 
     name: str = MISSING
     _target_: str = MISSING
-    root: Optional[str] = None
+    root: str | None = None
     image_size: Any = "auto"
     train_fraction: float = 1.0
     val_fraction: float = 0.1
@@ -132,7 +139,7 @@ class Dataset:
     mirror: bool = True  # a mirrored image keeps its class
     select: str = "val"  # the split that chooses the best epoch; test only to compare with published tables
     download: bool = True
-    args: Dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,10 +148,10 @@ class Tracker:
 
     name: str = "wandb"  # wandb | none
     project: str = "kd"
-    entity: Optional[str] = None
+    entity: str | None = None
     mode: str = "auto"  # auto: online with a key, else offline
-    group: Optional[str] = None
-    tags: List[str] = field(default_factory=list)
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -156,15 +163,16 @@ class Config:
     fresh: bool = False
     dry: bool = False
     device: str = "auto"
-    threads: Optional[int] = None
+    threads: int | None = None
     workers: int = 2
     baseline: str = "train"  # the student alone, to compare with: train | find | off
-    objective: str = "val/top1"
-    sweep_name: Optional[str] = None
+    objective: Any = "val/top1"  # what a search looks at: one metric, or a list of two
+    give_up: str = "off"  # off | median: end a search's trial that is worse than half of the finished ones
+    sweep_name: str | None = None
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
     dataset: Dataset = field(default_factory=Dataset)
-    loss: Dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     augment: Augment = field(default_factory=Augment)
     recipe: Recipe = field(default_factory=Recipe)
     tracker: Tracker = field(default_factory=Tracker)
@@ -174,8 +182,8 @@ class Config:
 class EvaluateConfig(Config):
     """A run, or a teacher and a dataset, to be scored."""
 
-    run: Optional[str] = None
-    out: Optional[str] = None
+    run: str | None = None
+    out: str | None = None
     split: str = "test"
     trust: bool = False  # load classes outside kd that a model's config.json names
 
@@ -184,7 +192,7 @@ class EvaluateConfig(Config):
 class CheckConfig(Config):
     """A teacher, a student and a loss, to be looked at before anything is spent."""
 
-    out: Optional[str] = None  # a JSON file for the figures
+    out: str | None = None  # a JSON file for the figures
     plot: bool = False  # draw how alike the stages are (CKA)
 
 
@@ -193,7 +201,7 @@ class ExportConfig(EvaluateConfig):
     """A run, to be written as one file that runs without kd."""
 
     format: str = "onnx"  # onnx | torch_export | executorch
-    quantize: Optional[str] = None  # int8
+    quantize: str | None = None  # int8
     calibration: int = 256  # training images that set the ranges of int8
     tolerance: float = 1e-4  # largest difference of a float32 file's logits
     max_drop: float = 0.02  # largest loss of top-1, as a fraction
@@ -204,11 +212,13 @@ class BenchmarkConfig(EvaluateConfig):
     """One or more runs, or a teacher and a student, to be measured side by side."""
 
     run: Any = None  # one, or [several]
-    modes: List[str] = field(default_factory=lambda: ["eager"])  # eager | compiled | onnx | torch_export | executorch
-    precisions: List[str] = field(default_factory=lambda: ["fp32"])  # fp32 | bf16 | int8
-    batch_sizes: List[int] = field(default_factory=lambda: [1, 8, 64, 256])
+    modes: list[str] = field(default_factory=lambda: ["eager"])  # eager | compiled | onnx | torch_export | executorch
+    precisions: list[str] = field(default_factory=lambda: ["fp32"])  # fp32 | bf16 | int8
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64, 256])
     seconds: float = 2.0  # for each model, mode, precision and batch size, at least
-    interval: float = 0.03  # goes on, up to five times as long, until the 95 % intervals are this narrow (relative half-width)
+    interval: float = (
+        0.03  # goes on, up to five times as long, until the 95 % intervals are this narrow (relative half-width)
+    )
     memory: bool = True
     calibration: int = 256
 
@@ -218,8 +228,8 @@ class CellSweeper:
     """hydra/sweeper=cells: every cell, a set of overrides, times every combination of the parameters. See kd/sweep.py."""
 
     _target_: str = "hydra_plugins.kd_sweeper.CellSweeper"
-    params: Dict[str, Any] = field(default_factory=dict)
-    cells: List[Dict[str, Any]] = field(default_factory=list)
+    params: dict[str, Any] = field(default_factory=dict)
+    cells: list[dict[str, Any]] = field(default_factory=list)
 
 
 def conf_dir() -> Path:
@@ -228,8 +238,9 @@ def conf_dir() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
-def register(config_dirs: Iterable[Path] = ()) -> None:
-    """Store the schemas, and offer every model/NAME.yaml as teacher=NAME and student=NAME."""
+@functools.cache
+def store_schemas() -> None:
+    """The typed nodes that the YAML files are checked against, once in a process."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Config)
     store.store(name="evaluate_schema", node=EvaluateConfig)
@@ -237,13 +248,23 @@ def register(config_dirs: Iterable[Path] = ()) -> None:
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(group="hydra/sweeper", name="cells", node=CellSweeper)
-    folders = [conf_dir(), *config_dirs]
-    for name in sorted({p.stem for folder in folders for p in (Path(folder) / "model").glob("*.yaml")}):
+
+
+def register(config_dirs: Iterable[Path] = ()) -> None:
+    """Store the schemas, and offer every model/NAME.yaml as teacher=NAME and student=NAME."""
+    store_schemas()
+    store = ConfigStore.instance()
+    folders = tuple(Path(f).resolve() for f in (conf_dir(), *config_dirs))
+    for name in sorted({p.stem for folder in folders for p in (folder / "model").glob("*.yaml")} - _OFFERED):
+        _OFFERED.add(name)
         model = {"/model@_here_": name}
         mounted = [{"/recipe@recipe": "default"}, {"/augment@augment": "crop_flip"}]
         for role, defaults in (("student", [model, "_self_"]), ("teacher", [model, *mounted, "_self_"])):
-            if not any((Path(folder) / role / f"{name}.yaml").exists() for folder in folders):
+            if not any((folder / role / f"{name}.yaml").exists() for folder in folders):
                 store.store(group=role, name=name, node={"defaults": defaults})
+
+
+_OFFERED: set[str] = set()  # models that this process has stored: each costs a millisecond or two
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None, config_name: str = "train") -> Config:
@@ -314,7 +335,11 @@ def reject_unknown_keys(node: DictConfig, path: str = "") -> None:
 def setting_keys(kind: type | None = None, path: str = "") -> list[str]:
     """Every key of the schema, dotted; without a kind, of every entry point."""
     if kind is None:
-        return list(dict.fromkeys(k for entry in (EvaluateConfig, CheckConfig, ExportConfig, BenchmarkConfig) for k in setting_keys(entry)))
+        return list(
+            dict.fromkeys(
+                k for entry in (EvaluateConfig, CheckConfig, ExportConfig, BenchmarkConfig) for k in setting_keys(entry)
+            )
+        )
     keys = []
     for item in dataclasses.fields(kind):
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
@@ -342,6 +367,7 @@ def choose_length(recipe: Recipe, path: str, typed_keys: Sequence[str]) -> None:
 CHOICES = {
     "augment.teacher_view": ("same", "independent", "clean"),
     "baseline": ("train", "find", "off"),
+    "give_up": ("median", "off"),
     "dataset.on_error": ("raise", "skip"),
     "dataset.select": ("val", "test"),
     "format": ("onnx", "torch_export", "executorch"),
@@ -355,19 +381,38 @@ CHOICES = {
     "tracker.mode": ("auto", "online", "offline"),
     "tracker.name": ("wandb", "none"),
 }
-POSITIVE = ("recipe.lr", "recipe.batch_size", "recipe.epochs", "recipe.steps", "recipe.minutes", "recipe.accumulate", "recipe.val_every", "calibration", "seconds")
-FRACTIONS = ("dataset.train_fraction", "dataset.val_fraction", "teacher.train_fraction", "teacher.min_top1", "recipe.ema", "recipe.warmup")
+POSITIVE = (
+    "recipe.lr",
+    "recipe.batch_size",
+    "recipe.epochs",
+    "recipe.steps",
+    "recipe.minutes",
+    "recipe.accumulate",
+    "recipe.val_every",
+    "calibration",
+    "seconds",
+)
+FRACTIONS = (
+    "dataset.train_fraction",
+    "dataset.val_fraction",
+    "teacher.train_fraction",
+    "teacher.min_top1",
+    "recipe.ema",
+    "recipe.warmup",
+)
 
 
 def check_values(cfg: Config) -> None:
     """Numbers in range and words that mean something, or ConfigError with what would be."""
     for key, words in CHOICES.items():
         for full, value in _values(cfg, key):
-            if isinstance(value, bool) and ("on", "off") == words[-2:]:  # YAML reads a bare on and off as booleans
+            if isinstance(value, bool) and words[-2:] == ("on", "off"):  # YAML reads a bare on and off as booleans
                 value = "on" if value else "off"  # noqa: PLW2901
                 _set(cfg, full, value)
             if value not in words:
-                raise ConfigError(f"{full}={value}: expected one of {', '.join(words)}.{did_you_mean(str(value), words)}")
+                raise ConfigError(
+                    f"{full}={value}: expected one of {', '.join(words)}.{did_you_mean(str(value), words)}"
+                )
     for key in POSITIVE:
         for full, value in _values(cfg, key):
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -429,7 +474,10 @@ def reject_idle_settings(cfg: Config, typed_keys: Sequence[str]) -> None:
 def idle_reason(cfg: Config, key: str) -> str | None:
     """Why a typed setting changes nothing in this run, or None."""
     alone, auto = cfg.teacher.name == "none", cfg.teacher.checkpoint == "auto"
-    own_training = key.startswith(("teacher.recipe.", "teacher.augment.")) or key in ("teacher.seed", "teacher.train_fraction")
+    own_training = key.startswith(("teacher.recipe.", "teacher.augment.")) or key in (
+        "teacher.seed",
+        "teacher.train_fraction",
+    )
     if alone and key.startswith(("teacher.", "recipe@teacher.", "augment@teacher.")):
         return "teacher=none, there is no teacher"
     if alone and key == "augment.teacher_view":

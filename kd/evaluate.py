@@ -1,7 +1,7 @@
 """Score a finished run, or a teacher on a dataset: top-1, top-5, NLL, ECE, agreement, per class, confusion.
 
-    python -m kd.evaluate run=RUN_DIR out=FILE.json
-    python -m kd.evaluate teacher=resnet56_a teacher.checkpoint=PATH dataset=folder dataset.root=PATH out=FILE.json
+python -m kd.evaluate run=RUN_DIR out=FILE.json
+python -m kd.evaluate teacher=resnet56_a teacher.checkpoint=PATH dataset=folder dataset.root=PATH out=FILE.json
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, float]:
     if cfg.out:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         files.write_json(Path(cfg.out), found)
-    picture = draw_confusion(details["matrix"], dataset.classes, (Path(cfg.out).parent if cfg.out and not plots else plots), cfg.split)
+    picture = draw_confusion(
+        details["matrix"], dataset.classes, (Path(cfg.out).parent if cfg.out and not plots else plots), cfg.split
+    )
     show(models, found, details, cfg.split, dataset.classes, picture)
     return found
 
@@ -62,7 +64,9 @@ def _of_teacher(cfg: EvaluateConfig) -> tuple[dict[str, Any], Any, None]:
     if cfg.teacher.name == "none":
         raise ConfigError("nothing to evaluate: type run=RUN_DIR, or teacher=NAME teacher.checkpoint=PATH")
     if cfg.teacher.checkpoint == "auto":
-        raise ConfigError("teacher.checkpoint=auto is what kd.train finds or trains; to evaluate, type teacher.checkpoint=PATH or run=RUN_DIR")
+        raise ConfigError(
+            "teacher.checkpoint=auto is what kd.train finds or trains; to evaluate, type teacher.checkpoint=PATH or run=RUN_DIR"
+        )
     spec = {**dataclasses.asdict(cfg.dataset), "workers": cfg.workers}
     dataset = data.load(spec, store_dir=Path(cfg.runs_dir) / ".store", need_train=cfg.split != "test")
     path = Path(cfg.teacher.checkpoint)
@@ -79,7 +83,9 @@ def open_data_of(run: Run, cfg: EvaluateConfig) -> Any:
     root = cfg.dataset.root or run.record["places"].get("dataset.root")
     dataset = open_dataset(dataclasses.replace(cfg, dataset=Dataset(**settings, root=root)))
     if dataset.digest != run.record["dataset"]["digest"]:
-        raise UserError(f"the images at {root or settings['name']} are not those that {run.name} was trained on. Type dataset.root=PATH of those")
+        raise UserError(
+            f"the images at {root or settings['name']} are not those that {run.name} was trained on. Type dataset.root=PATH of those"
+        )
     return dataset
 
 
@@ -101,13 +107,13 @@ def baseline_folder(run: Run) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def score_all(models: dict[str, Any], split: Any, name: str, classes: list[str], where: str) -> tuple[dict[str, float], dict[str, Any]]:
+def score_all(
+    models: dict[str, Any], split: Any, name: str, classes: list[str], where: str
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Flat figures of every model, the first one's unprefixed; and the first one's confusion matrix and logits."""
     from kd import metrics
 
-    logits = {
-        role: metrics.logits_of(lambda images, m=model.to(where).eval(): m(images).logits, split, where) for role, model in models.items()
-    }
+    logits = {role: _logits(model, split, where) for role, model in models.items()}
     found: dict[str, float] = {}
     first = next(iter(models))
     for role, values in logits.items():
@@ -120,7 +126,21 @@ def score_all(models: dict[str, Any], split: Any, name: str, classes: list[str],
     return found, {"matrix": matrix, "logits": logits}
 
 
-def show(models: dict[str, Any], found: dict[str, float], details: dict[str, Any], split: str, classes: list[str], picture: Path | None) -> None:
+def _logits(classifier: Any, split: Any, where: str) -> Any:
+    from kd import metrics
+
+    classifier = classifier.to(where).eval()
+    return metrics.logits_of(lambda images: classifier(images).logits, split, where)
+
+
+def show(
+    models: dict[str, Any],
+    found: dict[str, float],
+    details: dict[str, Any],
+    split: str,
+    classes: list[str],
+    picture: Path | None,
+) -> None:
     """The figures as tables on the screen."""
     from rich.console import Console
     from rich.table import Table
@@ -130,7 +150,10 @@ def show(models: dict[str, Any], found: dict[str, float], details: dict[str, Any
         table.add_column(column, justify="left" if not column else "right")
     for at, role in enumerate(models):
         prefix = f"{split}/" if at == 0 else f"{role}/{split}/"
-        shown = [_percent(found, prefix + n) if n != "nll" else f"{found[prefix + n]:.3f}" for n in ("top1", "top5", "nll", "ece", "agreement")]
+        shown = [
+            _percent(found, prefix + n) if n != "nll" else f"{found[prefix + n]:.3f}"
+            for n in ("top1", "top5", "nll", "ece", "agreement")
+        ]
         table.add_row(role, *shown)
     Console().print(table)
     if len(classes) <= 20:
@@ -168,7 +191,15 @@ def draw_confusion(matrix: Any, classes: list[str], folder: Path | None, split: 
         for row in range(len(classes)):
             for column in range(len(classes)):
                 if count := int(matrix[row, column]):
-                    axes.text(column, row, count, ha="center", va="center", fontsize=8, color="white" if shares[row, column] > 50 else "black")
+                    axes.text(
+                        column,
+                        row,
+                        count,
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="white" if shares[row, column] > 50 else "black",
+                    )
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     axes.set_title(f"{split}: images by true and predicted class")

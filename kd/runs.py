@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -25,7 +26,19 @@ from kd.hints import UserError
 
 FORMAT = 1  # of run.json
 # Settings that change where or how fast a run goes, never what comes out of it
-UNHASHED = ("runs_dir", "fresh", "dry", "device", "threads", "workers", "baseline", "objective", "sweep_name", "tracker")
+UNHASHED = (
+    "runs_dir",
+    "fresh",
+    "dry",
+    "device",
+    "threads",
+    "workers",
+    "baseline",
+    "objective",
+    "give_up",
+    "sweep_name",
+    "tracker",
+)
 UNHASHED_DATASET = ("root", "download", "memory_gib")
 TRAINING_OF_TEACHER = ("seed", "train_fraction", "recipe", "augment")
 
@@ -127,14 +140,17 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The directory's name."""
         return self.folder.name
 
     @property
     def status(self) -> str | None:
+        """running, done, failed, diverged or interrupted; None before the first line of its record."""
         return self.record.get("status")
 
     @property
     def done(self) -> bool:
+        """Whether it is finished."""
         return self.status == "done"
 
     def update(self, **values: Any) -> None:
@@ -161,9 +177,7 @@ def finite(value: Any) -> Any:
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -178,8 +192,14 @@ def open_run(path: str | Path) -> Run:
     """A finished run's directory; errors say what is there instead."""
     run = Run(Path(path))
     if not run.record:
-        near = sorted(p.parent.name for p in Path(path).parent.glob("*/run.json"))[:5] if Path(path).parent.is_dir() else []
-        raise FileNotFoundError(f"run={path}: there is no run.json." + (f" Runs beside it: {', '.join(near)}" if near else ""))
+        near = (
+            sorted(p.parent.name for p in Path(path).parent.glob("*/run.json"))[:5]
+            if Path(path).parent.is_dir()
+            else []
+        )
+        raise FileNotFoundError(
+            f"run={path}: there is no run.json." + (f" Runs beside it: {', '.join(near)}" if near else "")
+        )
     if not run.done:
         raise UserError(f"run={path} is {run.status}, not done. The same kd.train command goes on with it.")
     return run

@@ -30,10 +30,17 @@ def main() -> None:
     cli.entry("train", job, __doc__)
 
 
-def job(cfg: Config) -> float | None:
-    """One run; gives the value of `objective`, which a search maximises."""
-    record = run(cfg).record
-    return record.get("metrics", {}).get(cfg.objective)
+def job(cfg: Config) -> Any:
+    """One run; gives the value of `objective`, which a search looks at: of a trial stopped early, its value so far."""
+    from kd import search
+    from kd.loop import GaveUpError
+
+    try:
+        finished = run(cfg)
+    except GaveUpError as error:
+        print(f"{error.args[0]}: {cfg.objective} so far counts", flush=True)
+        finished = error.run
+    return search.objective(cfg, finished) if cfg.sweep_name and not cfg.dry else None
 
 
 def run(cfg: Config, wait: bool = False, say: Callable[[str], None] = print) -> Run:
@@ -94,12 +101,13 @@ def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str,
                     _train(cfg, training, dataset, this, tracker, say)
                 with phase("evaluate"):
                     _evaluate(training, dataset, teacher, this)
-                tracking.publish(tracker, this, teacher)
+                tracking.publish(tracker, this, teacher, lambda: _predictions(this, teacher, dataset, where))
         this.update(status="done", finished=runs.now(), tracker=tracker.where)
         _tidy(this)
         say(f"{this.folder}: {headline(this.record)}" + (f"\n{tracker.where}" if tracker.where else ""))
     except BaseException as error:
         _note_failure(this, error)
+        error.run = this
         raise
 
 
@@ -121,7 +129,7 @@ def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callabl
 
 def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: Any, say: Callable[[str], None]) -> None:
     """Fit from the last checkpoint on, with metrics to the tracker."""
-    from kd import metrics, signals
+    from kd import metrics, search, signals
     from kd.checkpoint import Checkpoints
     from kd.console import Console
     from kd.loop import fit
@@ -150,10 +158,11 @@ def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: An
                 tracker,
                 console,
                 stop,
+                search.give_up(cfg),
             )
         finally:
             this.record.get("teacher", {}).update(training.close())
-    this.update(best=training.progress.best, train_seconds=training.progress.seconds)
+            this.record.update(best=training.progress.best, train_seconds=training.progress.seconds)
 
 
 def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None:
@@ -185,6 +194,16 @@ def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None
     figures = speed.summary(models.load(weights.parent), weights, dataset, training.device, timed=alone)
     this.update(metrics=found, per_class=per_class, efficiency=figures)
     card.write(this)
+
+
+def _predictions(this: Run, teacher: Any, dataset: Any, where: str) -> Any:
+    """The table of test images that the tracker shows; None without a test split."""
+    from kd import gallery, models
+
+    if dataset.test is None:
+        return None
+    student = models.load(this.folder / "checkpoints" / "best")
+    return gallery.predictions(student, teacher.classifier if teacher is not None else None, dataset, where)
 
 
 def _test_logits(classifier: Any, dataset: Any, where: str) -> Any:
@@ -285,10 +304,12 @@ def _phases(this: Run):
 
 
 def _note_failure(this: Run, error: BaseException) -> None:
-    from kd.loop import DivergedError
+    from kd.loop import DivergedError, GaveUpError
 
-    interrupted = isinstance(error, (Interrupted, KeyboardInterrupt, SystemExit))
-    status = "diverged" if isinstance(error, DivergedError) else "interrupted" if interrupted else "failed"
+    kinds = {DivergedError: "diverged", GaveUpError: "stopped", (Interrupted, KeyboardInterrupt, SystemExit): "interrupted"}
+    status = next((s for kind, s in kinds.items() if isinstance(error, kind)), "failed")
+    if status == "stopped":
+        this.record["metrics"] = {n: v for n, v in this.record["best"].items() if "/" in n}
     try:
         this.update(status=status, error=f"{type(error).__name__}: {error}")
     except OSError:

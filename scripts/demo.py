@@ -33,8 +33,18 @@ def show(rows: list[tuple[str, dict]]) -> None:
     from rich.table import Table
 
     environment = rows[-1][1]["environment"]
-    table = Table(title=f"digits, test split; float32, {environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}")
-    for column in ("model", "training images", "top-1 %", "parameters", "size MiB", "latency ms (1 image)", "images/s (batch 64)"):
+    table = Table(
+        title=f"digits, test split; float32, {environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}"
+    )
+    for column in (
+        "model",
+        "training images",
+        "top-1 %",
+        "parameters",
+        "size MiB",
+        "latency ms (1 image)",
+        "images/s (batch 64)",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, record in rows:
         cost = record["efficiency"]
@@ -64,7 +74,14 @@ def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
     for at, (name, record) in enumerate(rows):
         top1 = 100 * record["metrics"]["test/top1"]
         bars.barh(at, top1, color=colours[at])
-        bars.text(top1 - 0.5, at, f"{top1:.1f} %  ({record['efficiency']['parameters'] / 1e3:,.0f} k parameters)", ha="right", va="center", color="white")
+        bars.text(
+            top1 - 0.5,
+            at,
+            f"{top1:.1f} %  ({record['efficiency']['parameters'] / 1e3:,.0f} k parameters)",
+            ha="right",
+            va="center",
+            color="white",
+        )
         lines = (path.parent / record["name"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found = [(r["epoch"], 100 * r["val/top1"]) for r in map(json.loads, lines) if "val/top1" in r]
         if at:

@@ -12,7 +12,9 @@ from kd.hints import UserError
 
 @pytest.fixture
 def classifier():
-    return models.build({"name": "resnet8", "args": {"_target_": "kd.models.cifar.ResNet", "depth": 8, "width": 4}}, 10, 8)
+    return models.build(
+        {"name": "resnet8", "args": {"_target_": "kd.models.cifar.ResNet", "depth": 8, "width": 4}}, 10, 8
+    )
 
 
 def test_training_state_comes_back(tmp_path, classifier):

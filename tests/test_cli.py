@@ -28,7 +28,7 @@ import pytest
     ],
 )
 def test_a_mistake_is_one_message_and_leaves_nothing(command, tmp_path, arguments, words, code):
-    found, out, err = command("train", *arguments, "tracker=none", f"runs_dir={tmp_path / 'runs'}")
+    found, _, err = command("train", *arguments, "tracker=none", f"runs_dir={tmp_path / 'runs'}")
     assert (found, "Traceback" in err) == (code, False), err
     assert words in err
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
@@ -36,14 +36,22 @@ def test_a_mistake_is_one_message_and_leaves_nothing(command, tmp_path, argument
 
 def test_an_unwritable_place_is_named(command, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = command("train", "teacher=none", "student=resnet8", "tracker=none", f"runs_dir={tmp_path / 'file' / 'runs'}")
+    code, _, err = command(
+        "train", "teacher=none", "student=resnet8", "tracker=none", f"runs_dir={tmp_path / 'file' / 'runs'}"
+    )
     assert code == 1
     assert "runs_dir" in err
 
 
 def test_help_answers_without_torch():
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    run = subprocess.run([sys.executable, "-X", "importtime", "-m", "kd.train", "--help"], capture_output=True, text=True, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "kd.train", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
     assert "teacher=" in run.stdout
     assert "resnet18" in run.stdout
     assert "torch" not in {line.rsplit("|", 1)[-1].strip() for line in run.stderr.splitlines()}

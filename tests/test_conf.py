@@ -55,5 +55,12 @@ def test_one_step_of_every_experiment(name, tiny):
     """On digits, with small networks: the settings of the experiment itself, its data and sizes aside."""
     from kd import run
 
-    short = ["dataset=digits", "student=resnet8", "teacher=resnet8", "recipe.steps=1", "teacher.recipe.steps=1", "recipe.keep_epochs=[]"]
+    short = [
+        "dataset=digits",
+        "student=resnet8",
+        "teacher=resnet8",
+        "recipe.steps=1",
+        "teacher.recipe.steps=1",
+        "recipe.keep_epochs=[]",
+    ]
     assert run(compose(f"+experiment={name}", *short, *tiny, "teacher.min_top1=0", "baseline=off")).done

@@ -32,7 +32,13 @@ def test_a_run_is_scored_with_its_teacher_and_baseline(tiny, tmp_path, command):
     found = json.loads(out.read_text())
     assert next(iter(found)) == "test/top1"
     assert found["test/top1"] == finished.record["metrics"]["test/top1"]
-    assert {"teacher/test/top1", "baseline/test/top1", "test/agreement", "baseline/test/agreement", "test/recall/3"} <= set(found)
+    assert {
+        "teacher/test/top1",
+        "baseline/test/top1",
+        "test/agreement",
+        "baseline/test/agreement",
+        "test/recall/3",
+    } <= set(found)
     assert all(0 <= v <= 1 for n, v in found.items() if n.endswith(("top1", "top5", "ece", "agreement")))
     assert (finished.folder / "plots" / "confusion_test.png").stat().st_size > 5000
     assert "top-1 %" in shown
@@ -59,13 +65,23 @@ def test_weights_from_elsewhere_have_their_published_accuracy(shared, tmp_path, 
     """../shared/weights on the first images of each class of ../shared/data's test split."""
     archive = shared / "data" / "cifar10_jpeg.tar.gz"
     with tarfile.open(archive) as file:
-        members = [m for m in file if m.isfile() and "/test/" in m.name and int(m.name.rsplit("/", 1)[1].split(".")[0]) % 10 == 0]
+        members = [
+            m
+            for m in file
+            if m.isfile() and "/test/" in m.name and int(m.name.rsplit("/", 1)[1].split(".")[0]) % 10 == 0
+        ]
         file.extractall(tmp_path / "data", members=members, filter="data")
     root = next((tmp_path / "data").rglob("test")).parent
     weights = shared / "weights" / "cifar10_resnet20.safetensors"
     out = tmp_path / "s.json"
     code, _, err = command(
-        "evaluate", "teacher=resnet20_a", f"teacher.checkpoint={weights}", "dataset=folder", f"dataset.root={root}", f"out={out}", f"runs_dir={tmp_path}"
+        "evaluate",
+        "teacher=resnet20_a",
+        f"teacher.checkpoint={weights}",
+        "dataset=folder",
+        f"dataset.root={root}",
+        f"out={out}",
+        f"runs_dir={tmp_path}",
     )
     assert code == 0, err
     assert json.loads(out.read_text())["test/top1"] == pytest.approx(0.81, abs=0.04)  # 1,000 of 10,000 images

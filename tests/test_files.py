@@ -24,7 +24,9 @@ def test_not_a_number_is_refused(tmp_path):
 
 def test_a_folder_is_replaced_whole_and_the_one_before_is_kept(tmp_path):
     for text in ("one", "two", "three"):
-        files.write_folder(tmp_path / "last", lambda part, text=text: (part / "x").write_text(text), tmp_path / "previous")
+        files.write_folder(
+            tmp_path / "last", lambda part, text=text: (part / "x").write_text(text), tmp_path / "previous"
+        )
     assert (tmp_path / "last" / "x").read_text() == "three"
     assert (tmp_path / "previous" / "x").read_text() == "two"
     assert files.broken_files(tmp_path / "last") == []

@@ -15,7 +15,18 @@ def mark(*overrides: str) -> str:
 
 @pytest.mark.parametrize(
     "same",
-    ["runs_dir=x", "threads=2", "workers=0", "tracker=none", "fresh=true", "dry=true", "teacher.cache=off", "dataset.memory_gib=1", "baseline=off", "dataset.root=x"],
+    [
+        "runs_dir=x",
+        "threads=2",
+        "workers=0",
+        "tracker=none",
+        "fresh=true",
+        "dry=true",
+        "teacher.cache=off",
+        "dataset.memory_gib=1",
+        "baseline=off",
+        "dataset.root=x",
+    ],
 )
 def test_where_and_how_fast_does_not_count(same):
     assert mark("student=resnet8", same) == mark("student=resnet8")
@@ -23,7 +34,17 @@ def test_where_and_how_fast_does_not_count(same):
 
 @pytest.mark.parametrize(
     "other",
-    ["seed=1", "recipe.lr=0.5", "recipe.epochs=3", "loss=[ce]", "loss.kd.temperature=2", "augment=none", "dataset.train_fraction=0.5", "teacher.seed=1", "teacher.recipe.lr=0.5"],
+    [
+        "seed=1",
+        "recipe.lr=0.5",
+        "recipe.epochs=3",
+        "loss=[ce]",
+        "loss.kd.temperature=2",
+        "augment=none",
+        "dataset.train_fraction=0.5",
+        "teacher.seed=1",
+        "teacher.recipe.lr=0.5",
+    ],
 )
 def test_what_changes_the_result_counts(other):
     assert mark("student=resnet8", other) != mark("student=resnet8")
@@ -45,7 +66,9 @@ def test_weights_count_by_content(tmp_path):
 
 
 def test_names_are_readable_and_safe():
-    name = runs.run_name(compose("teacher=resnet20", "student=timm", "student.name=a/b c", "seed=3"), "0123456789abcdef")
+    name = runs.run_name(
+        compose("teacher=resnet20", "student=timm", "student.name=a/b c", "seed=3"), "0123456789abcdef"
+    )
     assert name == "digits-a_b_c-kd-resnet20-s3-01234567"
 
 

@@ -19,7 +19,9 @@ from kd.hints import UserError
 
 
 def weights(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.glob("*/checkpoints/*/model.safetensors"))}
+    return {
+        str(p.relative_to(folder)): files.digest(p) for p in sorted(folder.glob("*/checkpoints/*/model.safetensors"))
+    }
 
 
 def test_distilling_trains_the_teacher_once_and_compares_with_the_student_alone(tiny, capsys):
@@ -66,7 +68,15 @@ def test_teacher_settings_do_not_count_without_a_teacher(tiny):
 
 
 def test_kept_epochs_teach(tiny):
-    settings = [*tiny, "teacher=resnet8", "teacher.recipe.epochs=2", "teacher.recipe.keep_epochs=[1]", "recipe.steps=2", "teacher.min_top1=0", "baseline=off"]
+    settings = [
+        *tiny,
+        "teacher=resnet8",
+        "teacher.recipe.epochs=2",
+        "teacher.recipe.keep_epochs=[1]",
+        "recipe.steps=2",
+        "teacher.min_top1=0",
+        "baseline=off",
+    ]
     taught = run(compose(*settings, "teacher.epoch=1"))
     assert taught.record["teacher"]["checkpoint"] == "epoch_001"
     with pytest.raises(UserError, match=r"keep_epochs=\[7\]"):
@@ -74,7 +84,14 @@ def test_kept_epochs_teach(tiny):
 
 
 def test_a_poor_teacher_does_not_teach(tiny):
-    settings = [*tiny, "teacher=resnet8", "teacher.recipe.steps=1", "recipe.steps=2", "baseline=off", "teacher.min_top1=0.9"]
+    settings = [
+        *tiny,
+        "teacher=resnet8",
+        "teacher.recipe.steps=1",
+        "recipe.steps=2",
+        "baseline=off",
+        "teacher.min_top1=0.9",
+    ]
     with pytest.raises(UserError, match="min_top1"):
         run(compose(*settings))
 
@@ -159,7 +176,9 @@ def test_a_second_process_on_a_live_run_is_sent_away(tiny, tmp_path):
         "import sys, time; from pathlib import Path; from kd import runs\n"
         f"with runs.lock(runs.Run(Path({str(finished.folder)!r}))): print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     process.stdout.readline()
     try:
         with pytest.raises(UserError, match=f"process {process.pid}"):
@@ -188,8 +207,13 @@ def test_a_folder_of_ones_own_images(tiny, tmp_path):
                 pixels = torch.randint(256, (8, 8, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
     settings = [o for o in tiny if not o.startswith("dataset.")]
-    finished = run(compose(*settings, "teacher=none", "dataset=folder", f"dataset.root={tmp_path / 'data'}", "recipe.steps=2"))
+    finished = run(
+        compose(*settings, "teacher=none", "dataset=folder", f"dataset.root={tmp_path / 'data'}", "recipe.steps=2")
+    )
     assert finished.record["dataset"]["classes"] == ["cat", "dog"]
     moved = tmp_path / "elsewhere"
     (tmp_path / "data").rename(moved)
-    assert run(compose(*settings, "teacher=none", "dataset=folder", f"dataset.root={moved}", "recipe.steps=2")).name == finished.name
+    assert (
+        run(compose(*settings, "teacher=none", "dataset=folder", f"dataset.root={moved}", "recipe.steps=2")).name
+        == finished.name
+    )
