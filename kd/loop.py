@@ -31,6 +31,10 @@ class DivergedError(UserError):
     """The loss is not finite any more."""
 
 
+class GaveUpError(UserError):
+    """Whoever was asked at the end of an epoch saw no hope in going on; the checkpoint is written."""
+
+
 @dataclass
 class Progress:
     """Where a training stands: all that a resume needs beside tensors."""
@@ -175,10 +179,12 @@ def fit(
     tracker: Any,
     console: Any,
     stop: Any,
+    give_up: Callable[[dict[str, float]], bool] = lambda _: False,
 ) -> Progress:
     """Train to the end or to the stop signal; leaves checkpoints `last` and `best`. Resumes from `training.progress`.
 
-    Raises DivergedError when the loss is not finite, Interrupted after a signal.
+    Raises DivergedError when the loss is not finite, Interrupted after a signal, GaveUpError when `give_up` says so
+    of an epoch's metrics.
     """
     t, meter, saved = training, Meter(), _Saved()
     while t.progress.step < t.steps and not _exhausted(t):
@@ -199,7 +205,10 @@ def fit(
             if t.progress.step >= t.steps:
                 break
         _flush(t, meter, tracker, console)
-        _end_epoch(t, validate, checkpoints, tracker, console, saved)
+        row = _end_epoch(t, validate, checkpoints, tracker, console, saved)
+        if give_up(row) and t.progress.step < t.steps:
+            saved.write(checkpoints, t, tracker)
+            raise GaveUpError(f"stopped early at epoch {row['epoch']:g} of {t.steps / t.steps_per_epoch:g}")
     saved.write(checkpoints, t, tracker)
     return t.progress
 
@@ -227,7 +236,7 @@ def _flush(t: Training, meter: Meter, tracker: Any, console: Any) -> None:
     console.interval(t, values | speed)
 
 
-def _end_epoch(t: Training, validate, checkpoints: Checkpoints, tracker: Any, console: Any, saved: _Saved) -> None:
+def _end_epoch(t: Training, validate, checkpoints: Checkpoints, tracker: Any, console: Any, saved: _Saved) -> dict[str, float]:
     """Validate, remember the best, keep what is to be kept, and save unless that would cost more than its share."""
     p, last = t.progress, t.progress.step >= t.steps
     epoch = math.ceil(p.step / t.steps_per_epoch)
@@ -248,6 +257,7 @@ def _end_epoch(t: Training, validate, checkpoints: Checkpoints, tracker: Any, co
     if saved.worth_it() and not last:
         saved.write(checkpoints, t, tracker)
     t.clock = time.perf_counter()
+    return row
 
 
 def _better(found: dict[str, float], best: dict[str, float]) -> bool:

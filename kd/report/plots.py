@@ -51,7 +51,9 @@ def canvas(
 
 def label_points(axes: Any, points: list[tuple[float, float, str]], size: float = 8) -> None:
     """Write labels beside points, each at the first of some places where it covers no other label and no point."""
-    figure = axes.figure
+    from matplotlib.patheffects import withStroke
+
+    figure, halo = axes.figure, [withStroke(linewidth=2.5, foreground="white")]
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
@@ -59,7 +61,9 @@ def label_points(axes: Any, points: list[tuple[float, float, str]], size: float 
     for x, y, text in sorted(points, key=lambda p: p[0]):
         options = []
         for dx, dy, across, down in PLACES:
-            note = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points", ha=across, va=down, fontsize=size)
+            note = axes.annotate(
+                text, (x, y), (dx, dy), textcoords="offset points", ha=across, va=down, fontsize=size, path_effects=halo
+            )
             box = note.get_window_extent(renderer)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
             options.append((sum(box.overlaps(b) for b in taken) + 3 * outside, len(options), note, box))
