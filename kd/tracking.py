@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from kd.config import Config
 from kd.config import Tracker as TrackerConfig
 
 INIT_TIMEOUT_SECONDS = 20  # W&B's own is 90: too long to wait for a dead server
+FINISH_TIMEOUT_SECONDS = 60  # for what is still to be sent when a run ends; the rest can be synced later
 
 
 class Tracker:
     """Writes each row of metrics to metrics.jsonl in the run directory. The loop never learns whether W&B listens."""
 
     where: str | None = None  # after closing: where things went, in a line
+    rich = False  # whether pictures, tables and artifacts go anywhere
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.jsonl"
@@ -54,11 +57,13 @@ class Tracker:
     def summary(self, values: dict[str, Any]) -> None:
         """Final figures of the run."""
 
-    def artifact(self, name: str, kind: str, folder: Path, metadata: dict[str, Any], aliases: list[str]) -> None:
-        """A folder of files as a versioned artifact."""
+    def artifact(
+        self, name: str, files: dict[str, Path | str], metadata: dict[str, Any], *, about: str = "", used: bool = False
+    ) -> None:
+        """A model as a versioned artifact, `files` by name: path or text. `used`: the run was made from it."""
 
-    def use(self, name: str) -> None:
-        """An artifact that this run was made from."""
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table; uint8 tensors (C, h, w) in it are shown as images."""
 
     def image(self, name: str, path: Path) -> None:
         """A picture."""
@@ -76,25 +81,25 @@ def _step(line: str) -> float:
 
 
 class WandbTracker(Tracker):
-    """The same rows to Weights & Biases: online with a key, offline in the run directory without one."""
+    """The same rows to Weights & Biases: online with a key, offline in the run directory without one.
 
-    def __init__(self, folder: Path, settings: TrackerConfig, name: str, run_id: str, config: dict[str, Any], tags: list[str]):
+    Training never waits for W&B nor ends because of it: what fails is said once, and the rest goes to metrics.jsonl.
+    """
+
+    rich = True
+
+    def __init__(
+        self, folder: Path, settings: TrackerConfig, name: str, run_id: str, config: dict[str, Any], tags: list[str]
+    ):
         super().__init__(folder)
-        import wandb
-
-        self.folder = folder
-        self.mode = settings.mode if settings.mode != "auto" else ("online" if has_key() else "offline")
-        data = folder / "wandb" / "data"
+        self.folder, self.mode, self.broken = folder, choose_mode(settings.mode), False
         os.environ.setdefault("WANDB_SILENT", "true")
-        data.mkdir(parents=True, exist_ok=True)
-        self._own_data = "WANDB_DATA_DIR" not in os.environ or os.environ.get("KD_WANDB_DATA_DIR") == os.environ["WANDB_DATA_DIR"]
-        if self._own_data:  # staged artifact files stay with the run, so that it can be synced later
-            os.environ["WANDB_DATA_DIR"] = os.environ["KD_WANDB_DATA_DIR"] = str(data.resolve())
+        self._stage_here(folder / "wandb" / "data")
         arguments = {
             "project": settings.project,
             "entity": settings.entity,
             "group": settings.group,
-            "tags": [*settings.tags, *tags],
+            "tags": [*settings.tags, *dict.fromkeys(tags)],
             "name": name,
             "id": run_id,
             "resume": "allow",
@@ -102,49 +107,144 @@ class WandbTracker(Tracker):
             "config": config,
             "reinit": "finish_previous",
         }
-        self.run = self._start(wandb, arguments)
+        self.run = self._start(arguments)
 
-    def _start(self, wandb, arguments: dict[str, Any]):
-        quiet = {"init_timeout": INIT_TIMEOUT_SECONDS, "console": "off", "silent": True}
+    def _stage_here(self, data: Path) -> None:
+        """W&B keeps files it has not sent with the run, so that it can be synced later; unless the user says where."""
+        self._before = os.environ.get("WANDB_DATA_DIR")
+        if self._before is None:
+            data.mkdir(parents=True, exist_ok=True)
+            os.environ["WANDB_DATA_DIR"] = str(data.resolve())
+
+    def _start(self, arguments: dict[str, Any]) -> Any:
+        import wandb
+
         try:
-            return wandb.init(mode=self.mode, settings=wandb.Settings(**quiet), **arguments)
+            return wandb.init(mode=self.mode, settings=_settings(), **arguments)
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
             if self.mode == "offline":
                 raise
-            print(f"warning: W&B does not answer ({str(error).splitlines()[0]}); this run is logged offline and can be synced later", flush=True)
+            print(f"warning: W&B does not answer ({_first_line(error)}); this run is logged offline", flush=True)
             self.mode = "offline"
-            return wandb.init(mode="offline", settings=wandb.Settings(**quiet), **arguments)
+            return wandb.init(mode="offline", settings=_settings(), **arguments)
+
+    def _safely(self, call: Callable[[], Any]) -> None:
+        """Do something with W&B; the first failure is said and ends the conversation, never the training."""
+        if self.broken:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever W&B raises: the run matters more
+            self.broken = True
+            print(f"warning: W&B failed ({_first_line(error)}); metrics still go to {self.path}", flush=True)
 
     def log(self, values: dict[str, float], step: int) -> None:
+        """One row of metrics at a step."""
         super().log(values, step)
-        self.run.log(values, step=step)
+        self._safely(lambda: self.run.log(values, step=step))
 
     def summary(self, values: dict[str, Any]) -> None:
-        self.run.summary.update(values)
+        """Final figures of the run."""
+        self._safely(lambda: self.run.summary.update(values))
 
-    def artifact(self, name: str, kind: str, folder: Path, metadata: dict[str, Any], aliases: list[str]) -> None:
+    def artifact(
+        self, name: str, files: dict[str, Path | str], metadata: dict[str, Any], *, about: str = "", used: bool = False
+    ) -> None:
+        """A model as a versioned artifact."""
+        self._safely(lambda: self._log_artifact(name, files, metadata, about, used))
+
+    def _log_artifact(
+        self, name: str, files: dict[str, Path | str], metadata: dict[str, Any], about: str, used: bool
+    ) -> None:
         import wandb
 
-        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-        artifact.add_dir(str(folder))
-        self.run.log_artifact(artifact, aliases=aliases)
+        artifact = wandb.Artifact(artifact_name(name), type="model", metadata=metadata, description=about or None)
+        for inside, content in files.items():
+            if isinstance(content, Path):
+                artifact.add_file(str(content), name=inside)
+            else:
+                with artifact.new_file(inside, mode="w", encoding="utf-8") as file:
+                    file.write(content)
+        if not used:
+            self.run.log_artifact(artifact, aliases=["best", "latest"])
+        elif hasattr(self.run, "_log_artifact"):  # use_artifact is refused offline; equal content is the same version
+            self.run._log_artifact(artifact, aliases=["latest"], is_user_created=True, use_after_commit=True)
+        elif self.mode == "online":
+            self.run.use_artifact(artifact, aliases=["latest"])
 
-    def use(self, name: str) -> None:
-        if self.mode == "online":
-            self.run.use_artifact(name)
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table, with images."""
+        self._safely(lambda: self.run.log({name: _as_table(columns, rows)}))
 
     def image(self, name: str, path: Path) -> None:
+        """A picture."""
         import wandb
 
-        self.run.log({name: wandb.Image(str(path))})
+        self._safely(lambda: self.run.log({name: wandb.Image(str(path))}))
 
     def close(self, exit_code: int = 0) -> None:
+        """Send or write what is left, and say where it went."""
         super().close()
-        self.run.finish(exit_code=exit_code)
-        if self.mode == "online":
+        complete = self._finish(exit_code)
+        if self._before is None:
+            os.environ.pop("WANDB_DATA_DIR", None)
+        segments = sorted((self.folder / "wandb").glob("offline-run-*" if self.mode == "offline" else "run-*"))
+        command = f"wandb sync {' '.join(str(s) for s in segments)}"
+        if self.mode == "offline":
+            self.where = f"W&B: logged offline; to send it: {command}"
+        elif complete:
             self.where = f"W&B: {self.run.url}"
-        elif segments := sorted((self.folder / "wandb").glob("offline-run-*")):
-            self.where = f"W&B: logged offline; to send it: wandb sync {segments[-1]}"
+        else:
+            self.where = f"W&B: not everything could be sent; to send the rest: {command}"
+
+    def _finish(self, exit_code: int) -> bool:
+        """Whether everything was sent, or written where the mode is offline."""
+        try:
+            self.run.finish(exit_code=exit_code)
+        except Exception as error:  # a timeout, or whatever W&B raises: the run is done all the same
+            print(f"warning: W&B: {_first_line(error) or type(error).__name__}", flush=True)
+            return False
+        return not self.broken
+
+
+def _settings() -> Any:
+    """W&B's, quiet, with an end to its patience where this version knows one."""
+    import wandb
+
+    wanted = {
+        "init_timeout": INIT_TIMEOUT_SECONDS,
+        "finish_timeout": float(os.environ.get("KD_WANDB_FINISH_SECONDS", FINISH_TIMEOUT_SECONDS)),
+        "finish_timeout_raises": True,
+        "console": "off",
+        "silent": True,
+    }
+    known = getattr(wandb.Settings, "model_fields", wanted)
+    return wandb.Settings(**{k: v for k, v in wanted.items() if k in known})
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _as_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    import wandb
+    from torch import Tensor
+
+    def shown(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return wandb.Image(value.permute(1, 2, 0).squeeze(-1).cpu().numpy())  # (h, w) or (h, w, C)
+
+    return wandb.Table(columns=list(columns), data=[[shown(v) for v in row] for row in rows])
+
+
+def choose_mode(wanted: str) -> str:
+    """online or offline: what was asked for, else what WANDB_MODE says, else online where there is a key."""
+    if wanted != "auto":
+        return wanted
+    if os.environ.get("WANDB_MODE") in ("online", "offline"):
+        return os.environ["WANDB_MODE"]
+    return "online" if has_key() else "offline"
 
 
 def has_key() -> bool:
@@ -163,21 +263,91 @@ def open_tracker(run: Any, cfg: Config) -> Tracker:
     sitting = hashlib.sha256(f"{run.record['fingerprint']} {run.record['created']}".encode()).hexdigest()[:12]
     tags = [cfg.dataset.name, cfg.student.name, cfg.teacher.name]
     settings = dataclasses.replace(cfg.tracker, group=cfg.tracker.group or cfg.sweep_name)
-    return WandbTracker(run.folder, settings, run.name, sitting, run.record["config"], tags)
+    config = {
+        **run.record["config"],
+        "environment": run.record["environment"],
+        "fingerprint": run.record["fingerprint"],
+    }
+    return WandbTracker(run.folder, settings, run.name, sitting, config, tags)
 
 
-def publish(tracker: Tracker, run: Any, teacher: Any) -> None:
-    """Final figures, the best student as an artifact, and the teacher it came from."""
-    record = run.record
+def publish(tracker: Tracker, run: Any, teacher: Any, predictions: Callable[[], Any] | None = None) -> None:
+    """Final figures, teacher and best student as artifacts, pictures and predictions.
+
+    `predictions` gives (columns, rows) of the table of test images; it is asked only where a table goes anywhere.
+    """
+    record, best = run.record, run.folder / "checkpoints" / "best"
     tracker.summary({**record["metrics"], **{f"efficiency/{n}": v for n, v in record["efficiency"].items()}})
-    facts = {"fingerprint": record["fingerprint"], "metrics": record["metrics"], "classes": record["dataset"]["classes"]}
+    if not tracker.rich:
+        return
     if teacher is not None and teacher.weights is not None:
-        name = artifact_name("teacher", record["teacher"].get("run") or record["teacher"]["file"])
-        tracker.artifact(name, "model", teacher.weights.parent, {"role": "teacher", **teacher.source}, ["latest"])
-        tracker.use(f"{name}:latest")
-    tracker.artifact(artifact_name("student", run.name), "model", run.folder / "checkpoints" / "best", {"role": "student", **facts}, ["best", "latest"])
+        publish_teacher(tracker, run, teacher)
+    metadata = {"role": "student", **facts_of(record, best)}
+    tracker.artifact(run.name, model_files(best, record), metadata, about=read_card(best))
+    for picture in sorted((run.folder / "plots").glob("*.png")):
+        tracker.image(f"plots/{picture.stem}", picture)
+    if predictions is not None and (found := predictions()):
+        tracker.table("test/predictions", *found)
 
 
-def artifact_name(role: str, name: str) -> str:
+def publish_teacher(tracker: Tracker, run: Any, teacher: Any) -> None:
+    """The teacher's weights as an artifact that the run used: its own run's, else one named by its digest."""
+    from kd import runs
+
+    folder, facts = teacher.weights.parent, {k: v for k, v in teacher.source.items() if k != "metrics"}
+    owner = run.folder.parent / teacher.source["run"] if teacher.source.get("run") else None
+    record = runs.read_record(owner) if owner and folder.name == "best" else None
+    if record and record.get("metrics"):
+        files = model_files(folder, record)
+        metadata = {"role": "teacher", **facts, **facts_of(record, folder)}
+        tracker.artifact(owner.name, files, metadata, about=read_card(folder), used=True)
+        return
+    sha = teacher.source.get("sha256") or runs.files.digest(teacher.weights)
+    kept = [teacher.weights] if not (folder / "config.json").is_file() else [teacher.weights, folder / "config.json"]
+    name = f"teacher-{run.record['teacher'].get('name', 'model')}-{sha[:8]}"
+    tracker.artifact(name, {p.name: p for p in kept}, {"role": "teacher", **facts, "sha256": sha}, used=True)
+
+
+def model_files(folder: Path, record: dict[str, Any]) -> dict[str, Path | str]:
+    """What an artifact holds: weights, settings, and the record as it stays after the run's end."""
+    files: dict[str, Path | str] = {n: folder / n for n in ("config.json", "model.safetensors")}
+    return {**files, "run.json": json.dumps(portable(record), indent=2, ensure_ascii=False, sort_keys=True) + "\n"}
+
+
+PORTABLE = (
+    *("format", "name", "fingerprint", "config", "dataset", "metrics", "teacher", "loss", "initialised_from"),
+    *("precision", "steps", "parameters", "environment", "efficiency"),
+)
+
+
+def portable(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it travels with the weights: the same whenever it is made after the run's end."""
+    from kd.runs import finite
+
+    kept = {k: record[k] for k in PORTABLE if k in record}
+    return finite({**kept, "status": "done", "places": {}})
+
+
+def facts_of(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An artifact's metadata."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {
+        "fingerprint": record["fingerprint"],
+        "metrics": record["metrics"],
+        "model": record["config"]["student"]["name"],
+        "dataset": record["config"]["dataset"]["name"],
+        "classes": record["dataset"]["classes"],
+        "preprocess": config["kd"]["preprocess"],
+        "teacher": (record.get("teacher") or {}).get("run"),
+    }
+
+
+def read_card(folder: Path) -> str:
+    """The model card beside the weights, or nothing."""
+    card = folder / "README.md"
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
+
+
+def artifact_name(name: str) -> str:
     """A name that W&B takes."""
-    return re.sub(r"[^\w.-]+", "_", f"{role}-{name}")[:128]
+    return re.sub(r"[^\w.-]+", "_", name)[:128]
