@@ -78,7 +78,7 @@ class Training:
         """What a resume needs beside the kept classifier's weights."""
         state = {"optimizer": self.optimizer.state_dict(), "loss": self.loss.state_dict(), "progress": asdict(self.progress)}
         if self.ema is not None:
-            state["raw"] = self.student.network.state_dict()
+            state["raw"] = self.student.tensors()
             state["averaged"] = self.ema.n_averaged
         return state
 
@@ -89,9 +89,9 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a state that `state` gave and `Checkpoints.load_training` read."""
-        self.student.network.load_state_dict(state.get("raw", state["model"]))
+        self.student.load_tensors(state.get("raw", state["model"]))
         if self.ema is not None:
-            self.ema.module.network.load_state_dict(state["model"])
+            self.ema.module.load_tensors(state["model"])
             self.ema.n_averaged.copy_(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss.load_state_dict(state["loss"])

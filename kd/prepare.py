@@ -81,6 +81,9 @@ def match(cfg: Config, dataset: Any, teacher: Any) -> Match:
         for model, wanted in ((student, loss.student_features), (teacher, loss.teacher_features))
     ]
     loss.setup(*outputs, dataset.num_classes, dataset.num_samples)
+    for term in loss.terms.values():
+        if getattr(term, "replaces_head", False):
+            student.graft(*term.shipped())
     return Match(student, source, loss, outputs)
 
 

@@ -217,3 +217,25 @@ def test_a_folder_of_ones_own_images(tiny, tmp_path):
         run(compose(*settings, "teacher=none", "dataset=folder", f"dataset.root={moved}", "recipe.steps=2")).name
         == finished.name
     )
+
+
+def test_a_grafted_head_is_trained_saved_and_resumed(tiny, tmp_path, monkeypatch):
+    settings = [*tiny, "teacher=resnet8", "teacher.recipe.steps=20", "loss=[simkd]", "teacher.min_top1=0", "baseline=off"]
+    whole = run(compose(*settings, "recipe.epochs=4", f"runs_dir={tmp_path / 'whole'}"))
+    from kd import models
+
+    classifier = models.load(whole.folder / "checkpoints" / "best")
+    assert classifier.grafted is not None
+    assert classifier(torch.zeros(2, 1, 16, 16)).logits.shape == (2, 10)
+
+    def stop_after_two(console, training, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kd.loop.CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr("kd.console.Console.epoch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(compose(*settings, "recipe.epochs=4"))
+    monkeypatch.undo()
+    again = run(compose(*settings, "recipe.epochs=4"))
+    assert weights(again.folder.parent) == weights(whole.folder.parent)

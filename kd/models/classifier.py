@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kd.contracts import STAGES, Output
+from kd.graft import GraftedHead
 from kd.models import taps as tapping
 from kd.models.preprocess import Preprocess
+
+GRAFT = "graft."  # before the names of a grafted head's tensors
 
 
 class Classifier(nn.Module):
     """(uint8, or float in [0, 1], (B, C, h, w)) -> Output, features on request.
 
-    `network` alone holds parameters. `spec` is what was asked for, `built` what it came to (arguments, stem, sizes),
+    `network` holds the parameters, and `grafted` where a head was taken from another network (SimKD). `spec` is what was asked for, `built` what it came to (arguments, stem, sizes),
     `origin` where the weights are from.
     """
 
@@ -37,6 +40,8 @@ class Classifier(nn.Module):
         self.classes = list(classes) if classes is not None else None
         self.origin = dict(origin or {"weights": "scratch"})
         self.taps = tapping.find_taps(network)
+        self.grafted: GraftedHead | None = None
+        self.graft_stage: str | None = None
         self._stages: dict[str, dict] | None = None
         self._read = tapping.read
 
@@ -60,7 +65,8 @@ class Classifier(nn.Module):
 
         Raises ValueError for a feature that the network does not have.
         """
-        named = tuple(f for f in features if not f.startswith(tapping.PATH))
+        stage = (self.graft_stage,) if self.grafted is not None and self.graft_stage not in features else ()
+        named = tuple(f for f in (*features, *stage) if not f.startswith(tapping.PATH))
         paths = tuple(f for f in features if f.startswith(tapping.PATH))
         self.check_features(features)
         x = self.preprocess(images)
@@ -73,7 +79,27 @@ class Classifier(nn.Module):
             with tapping.hooked(self.network, paths) as hooked:
                 logits, extra, found = tapping.read(self.network, self.taps, x, named)
             found.update(hooked)
+        if self.grafted is not None:
+            logits = self.grafted(found[self.graft_stage].to(next(self.grafted.parameters()).dtype))
         return Output(logits, {f: found[f] for f in features}, self.taps.head, extra)
+
+    def graft(self, stage: str, head: GraftedHead) -> None:
+        """From now on the logits are `head`'s, read from the map of `stage`, and the network's own head is idle."""
+        self.check_features([stage])
+        self.graft_stage, self.grafted = stage, head
+        self.built["graft"] = {"stage": stage, "spec": head.spec}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's state dict, and a grafted head's under `graft.`: what is saved."""
+        grafted = self.grafted.state_dict() if self.grafted is not None else {}
+        return {**self.network.state_dict(), **{f"{GRAFT}{n}": v for n, v in grafted.items()}}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `tensors` gave; RuntimeError where it does not fit."""
+        own = {n: v for n, v in tensors.items() if self.grafted is None or not n.startswith(GRAFT)}
+        self.network.load_state_dict(own)
+        if self.grafted is not None:
+            self.grafted.load_state_dict({n[len(GRAFT) :]: v for n, v in tensors.items() if n not in own})
 
     def check_features(self, features: Sequence[str]) -> None:
         """Raises ValueError for a feature that the network does not have, naming those that it has."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd.graft import GraftedHead
 from kd.models.build import IMAGENET_MEAN, IMAGENET_STD, build, finish_timm, locate
 from kd.models.classifier import Classifier
 from kd.models.preprocess import Preprocess
@@ -29,16 +30,16 @@ def save(classifier: Classifier, folder: str | Path) -> list[Path]:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(classifier.network), str(folder / WEIGHTS), metadata={"format": "pt"})
+    save_file(tensors(classifier), str(folder / WEIGHTS), metadata={"format": "pt"})
     text = json.dumps(describe(classifier), indent=2, ensure_ascii=False, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return [folder / WEIGHTS, folder / CONFIG]
 
 
-def tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict on the CPU, contiguous, each tensor with memory of its own."""
+def tensors(classifier: Classifier) -> dict[str, torch.Tensor]:
+    """The classifier's tensors on the CPU, contiguous, each tensor with memory of its own."""
     found, seen = {}, set()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(classifier.tensors().items()):
         kept = tensor.detach().cpu().contiguous()
         found[name] = kept.clone() if kept.data_ptr() in seen else kept
         seen.add(kept.data_ptr())
@@ -89,7 +90,7 @@ def load(path: str | Path, trust: bool = False) -> Classifier:
         raise ValueError(
             f"{folder / CONFIG} does not describe a classifier: {type(error).__name__}: {error}"
         ) from error
-    fill(classifier.network, folder / WEIGHTS)
+    fill(classifier, folder / WEIGHTS)
     classifier.dry_forward()
     return classifier.eval()
 
@@ -130,7 +131,10 @@ def rebuild(config: Mapping, trust: bool) -> Classifier:
     else:
         network = rebuild_timm(spec["name"], args, built)
     preprocess = Preprocess(**section["preprocess"])
-    return Classifier(network, preprocess, spec, built, section.get("classes"), origin=section.get("origin"))
+    classifier = Classifier(network, preprocess, spec, built, section.get("classes"), origin=section.get("origin"))
+    if graft := built.get("graft"):
+        classifier.graft(graft["stage"], GraftedHead(**graft["spec"]))
+    return classifier
 
 
 def rebuild_timm(name: str, args: Mapping, built: Mapping) -> nn.Module:
@@ -190,13 +194,13 @@ def check_trusted(value: Any, trust: bool) -> None:
             check_trusted(inner, trust)
 
 
-def fill(network: nn.Module, file: Path) -> None:
+def fill(classifier: Classifier, file: Path) -> None:
     """Load weights that must fit exactly; ValueError for a broken file or other shapes."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        network.load_state_dict(load_file(str(file)), strict=True)
+        classifier.load_tensors(load_file(str(file)))
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as safetensors ({error}): the file is broken or was cut off"
