@@ -124,10 +124,18 @@ def run(
 
 def check(cells: Sequence[Any]) -> Sequence[Any]:
     """The cells again, or SweepError for those that cannot run."""
-    broken = [f"  {c.label or c.overrides}: {c.problem}" for c in cells if c.problem]
+    broken = [c for c in cells if c.problem]
     if broken:
-        raise SweepError(f"{len(broken)} of {len(cells)} cells cannot run:\n" + "\n".join(broken))
+        raise SweepError(f"{len(broken)} of {len(cells)} cells cannot run:\n{listed(broken)}")
     return cells
+
+
+def listed(cells: Sequence[Any]) -> str:
+    """Each reason once, with the cells that it stopped."""
+    reasons: dict[str, list[str]] = {}
+    for cell in cells:
+        reasons.setdefault(cell.problem, []).append(cell.label or " ".join(cell.overrides))
+    return "\n".join(f"  {', '.join(labels)}: {problem}" for problem, labels in reasons.items())
 
 
 def jobs_at_once(config: Any) -> int:
@@ -260,7 +268,7 @@ def sum_up(name: str, cells: Sequence[Any], manifest: Manifest) -> None:
     then = f"python -m kd.report sweep={name} runs_dir={manifest.path.parents[1]}"
     print(f"sweep {name}: {len(cells) - len(failed)} of {len(cells)} cells done. Report: {then}")
     if failed:
-        reasons = "\n".join(f"  {c.label or c.overrides}: {c.problem}" for c in failed)
+        reasons = listed(failed)
         raise SweepError(
             f"{len(failed)} of {len(cells)} cells failed:\n{reasons}\n"
             f"The same command runs these again and skips the others:\n  {manifest.command}"
