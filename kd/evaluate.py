@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd import cli
+from kd import cli, saved
 from kd.config import Dataset, EvaluateConfig
 from kd.hints import ConfigError, UserError
 
@@ -90,9 +90,14 @@ def open_data_of(run: Run, cfg: EvaluateConfig) -> Any:
 
 
 def teacher_folder(run: Run) -> Path | None:
-    """The checkpoint folder of a run's teacher, where it is a run beside it or a checkpoint folder of ours."""
+    """The checkpoint folder of a run's teacher: a run beside it, a W&B artifact within reach, or a folder of ours."""
     facts = run.record.get("teacher") or {}
-    if "run" in facts:
+    if "artifact" in facts:
+        try:
+            folder = saved.local(facts["artifact"]) / "checkpoints" / facts["checkpoint"]
+        except UserError:  # no key or no network: as if it were gone
+            return None
+    elif "run" in facts:
         folder = run.folder.parent / facts["run"] / "checkpoints" / facts["checkpoint"]
     else:
         place = run.record["places"].get("teacher.checkpoint")

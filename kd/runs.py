@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd import files
+from kd import files, saved
 from kd.config import Config
 from kd.hints import UserError
 
@@ -99,16 +99,14 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_digest(path: str) -> str:
-    """The content of a weights file, or of the weights in a run directory; the name itself for an artifact."""
-    if path.startswith("wandb:"):
-        return path
-    place = find_weights(Path(path))
-    return files.digest(place)
+    """The content of a weights file, or of the weights in a run directory or an artifact."""
+    return files.digest(find_weights(Path(path)))
 
 
 def find_weights(path: Path, epoch: int | None = None) -> Path:
     """The weights file behind a file, a checkpoint folder or a run directory; FileNotFoundError says what was looked for."""
     kept = f"epoch_{epoch:03d}" if epoch is not None else "best"
+    path = saved.local(path)
     for candidate in (path, path / "model.safetensors", path / "checkpoints" / kept / "model.safetensors"):
         if candidate.is_file():
             return candidate
@@ -189,8 +187,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def open_run(path: str | Path) -> Run:
-    """A finished run's directory; errors say what is there instead."""
-    run = Run(Path(path))
+    """A finished run's directory, or a W&B artifact's; errors say what is there instead."""
+    run = Run(saved.local(path))
     if not run.record:
         near = (
             sorted(p.parent.name for p in Path(path).parent.glob("*/run.json"))[:5]

@@ -71,11 +71,8 @@ def teacher_of(saved: Saved) -> Saved | None:
     from kd import evaluate, runs
 
     facts = saved.record.get("teacher") or {}
-    if saved.run is None or not facts:
-        return None
-    if folder := evaluate.teacher_folder(runs.Run(saved.run)):
-        return find(folder)
-    return find(facts["artifact"]) if facts.get("artifact") else None
+    folder = evaluate.teacher_folder(runs.Run(saved.run)) if saved.run is not None and facts else None
+    return find(folder) if folder else None
 
 
 def is_artifact(reference: str | Path) -> bool:

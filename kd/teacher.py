@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd import models, runs
+from kd import models, runs, saved
 from kd.cache import KEPT
 from kd.config import Config, Student, Teacher
 from kd.contracts import Batch, Output
@@ -78,9 +78,12 @@ def find(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Callabl
         return from_run(run, cfg)
     if not cfg.teacher.checkpoint:
         raise UserError("teacher.checkpoint is empty: type auto (fine-tune it by its recipe), or a path to weights")
-    folder = Path(cfg.teacher.checkpoint)
+    folder = saved.local(cfg.teacher.checkpoint)
     if (folder / "run.json").is_file():
-        return from_run(runs.open_run(folder), cfg)
+        loaded = from_run(runs.open_run(folder), cfg)
+        if saved.is_artifact(cfg.teacher.checkpoint):
+            loaded.source["artifact"] = cfg.teacher.checkpoint
+        return loaded
     return from_file(cfg, dataset, runs.find_weights(folder, cfg.teacher.epoch), say)
 
 
