@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd import late
+
 CLASH = re.compile(r"multiple values for keyword argument '(\w+)'")
 SMALL = 96  # pixels; below it networks made for photographs would shrink their maps to nothing
 FAILURES = (RuntimeError, TypeError, ValueError, AssertionError, ZeroDivisionError, AttributeError, IndexError)
@@ -24,6 +26,7 @@ RESERVED = {
 
 def check_name(name: str) -> None:
     """Raises ValueError for a name that timm does not know, with those nearest to it."""
+    late.timm()
     import timm
 
     bare, _, tag = name.partition(".")
