@@ -80,6 +80,10 @@ def open_data_of(run: Run, cfg: EvaluateConfig) -> Any:
     from kd.prepare import open_dataset
 
     settings = {k: v for k, v in run.record["config"]["dataset"].items() if k != "digest"}
+    if not settings["_target_"].startswith("kd.") and not cfg.trust:
+        raise UserError(
+            f"{run.name} reads its images by {settings['_target_']}, code from outside kd. Where you know it, type trust=true"
+        )
     root = cfg.dataset.root or run.record["places"].get("dataset.root")
     dataset = open_dataset(dataclasses.replace(cfg, dataset=Dataset(**settings, root=root)))
     if dataset.digest != run.record["dataset"]["digest"]:

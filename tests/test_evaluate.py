@@ -85,3 +85,13 @@ def test_weights_from_elsewhere_have_their_published_accuracy(shared, tmp_path, 
     )
     assert code == 0, err
     assert json.loads(out.read_text())["test/top1"] == pytest.approx(0.81, abs=0.04)  # 1,000 of 10,000 images
+
+
+def test_a_record_from_elsewhere_runs_no_code_from_elsewhere(tiny, command):
+    finished = run(compose(*tiny, "teacher=none", "recipe.steps=1"))
+    record = json.loads((finished.folder / "run.json").read_text())
+    record["config"]["dataset"]["_target_"] = "os.system"
+    (finished.folder / "run.json").write_text(json.dumps(record))
+    code, _, err = command("evaluate", f"run={finished.folder}")
+    assert code == 1
+    assert "trust=true" in err
