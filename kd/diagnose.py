@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kd import metrics
@@ -29,7 +28,7 @@ def diagnose(loaded: Any, dataset: Any, cfg: Any, device: str, half: bool) -> tu
     from kd import teacher
 
     name, split, logits = teacher.hear(loaded.classifier, dataset, device, half)
-    quick = {**metrics.quick(logits, split.targets), "ece": ece(logits.softmax(1), split.targets)}
+    quick = {**metrics.quick(logits, split.targets), "ece": metrics.calibration_error(logits.softmax(1), split.targets)}
     figures = metrics.named(name, quick) | entropies(logits, cfg.loss)
     own, findings = compare_paths(loaded, split, device, half)
     figures |= own
@@ -62,15 +61,6 @@ def weak(cfg: Any, top1: float, least: float) -> Finding:
         "Are these weights of this dataset? Train it longer (teacher.recipe.epochs=...) or give another "
         "(teacher.checkpoint=PATH); teacher.min_top1=0 lets it teach all the same",
     )
-
-
-def ece(probs: Tensor, targets: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean gap of confidence and accuracy in bins."""
-    confidence, guesses = probs.double().max(1)
-    right = (guesses == targets).double()
-    bucket = (confidence * bins).ceil().long().clamp(1, bins) - 1  # (N,)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bucket, confidence - right)
-    return gaps.abs().sum().item() / len(targets)
 
 
 def soft_temperatures(terms: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:

@@ -36,6 +36,13 @@ def places(total: int, count: int) -> Tensor:
     return torch.linspace(0, total - 1, count).round().long()
 
 
+def halves(targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two (places, other places), each with half of every class: every second image of it, whatever their order."""
+    by_class = targets.argsort(stable=True)
+    one, two = by_class[::2], by_class[1::2]
+    return [(one, two), (two, one)]
+
+
 def surely_better(new: Tensor, old: Tensor) -> bool:
     """Whether `new` is right on more images than `old` beyond luck; both bool (N,)."""
     gained, lost = int((new & ~old).sum()), int((old & ~new).sum())
@@ -61,9 +68,9 @@ def other_order(logits: Tensor, targets: Tensor) -> tuple[Tensor, float] | None:
     """
     guesses, classes = logits.argmax(1), logits.shape[1]
     right, named = guesses == targets, torch.zeros(len(targets), dtype=torch.bool)
-    for half in (0, 1):
-        order = assign(guesses[half::2], targets[half::2], classes)
-        named[1 - half :: 2] = guesses[1 - half :: 2] == order[targets[1 - half :: 2]]
+    for seen, judged in halves(targets):
+        order = assign(guesses[seen], targets[seen], classes)
+        named[judged] = guesses[judged] == order[targets[judged]]
     if not surely_better(named, right):
         return None
     return assign(guesses, targets, classes), named.double().mean().item()
@@ -157,13 +164,13 @@ def probe(features: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     x = features.double()
     x = (x - x.mean(0)) / x.std(0).clamp(min=1e-6)
     right = torch.zeros(len(x), dtype=torch.bool)
-    for half in (0, 1):
-        train, test, labels = x[half::2], x[1 - half :: 2], targets[half::2]
-        wanted = nn.functional.one_hot(labels, num_classes).double() - 1 / num_classes  # (n, K)
+    for seen, judged in halves(targets):
+        train, test = x[seen], x[judged]
+        wanted = nn.functional.one_hot(targets[seen], num_classes).double() - 1 / num_classes  # (n, K)
         kernel = train @ train.T
         ridge = 0.1 * kernel.diagonal().mean() * torch.eye(len(kernel), dtype=kernel.dtype)
         guesses = (test @ train.T @ torch.linalg.solve(kernel + ridge, wanted)).argmax(1)
-        right[1 - half :: 2] = guesses == targets[1 - half :: 2]
+        right[judged] = guesses == targets[judged]
     return right
 
 

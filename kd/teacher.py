@@ -64,9 +64,11 @@ def obtain(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Calla
             check_classes(one.classifier, dataset, f"the teacher {member}")
         return Loaded(together, source, original=together, members=members)
     loaded = find(cfg, dataset, train, say)
-    reread(loaded.classifier, cfg.teacher)
+    if reread(loaded.classifier, cfg.teacher):
+        loaded.digest = None  # not as it was trained any more: to be looked at like one from elsewhere
     if cfg.teacher.classes:
         reorder(loaded.classifier, cfg.teacher.classes, dataset.classes)
+        loaded.digest = None
     loaded.original = loaded.classifier.eval()
     return loaded
 
@@ -119,15 +121,17 @@ def from_file(cfg: Config, dataset: Any, weights: Path, say: Callable[[str], Non
     return Loaded(classifier, source, weights)
 
 
-def reread(classifier: nn.Module, wanted: Teacher) -> None:
-    """Give a saved classifier the preprocessing that was typed: `mean`, `std`, `interpolation`, `crop_pct`."""
+def reread(classifier: nn.Module, wanted: Teacher) -> bool:
+    """Give a saved classifier the preprocessing that was typed (but for `size`); whether that changed anything."""
     typed = {k: v for k, v in dataclasses.asdict(wanted.preprocess).items() if v is not None and k != "size"}
     now = classifier.preprocess.settings()
     for key in ("mean", "std"):
         if key in typed:
             typed[key] = per_channel(typed[key], len(now[key]))
-    if any(now[k] != v for k, v in typed.items()):
+    changed = any(now[k] != v for k, v in typed.items())
+    if changed:
         classifier.preprocess = type(classifier.preprocess)(**{**now, **typed})
+    return changed
 
 
 def reorder(classifier: nn.Module, names: list[str], wanted: list[str]) -> None:
