@@ -126,6 +126,7 @@ class WandbTracker(Tracker):
                 raise
             print(f"warning: W&B does not answer ({_first_line(error)}); this run is logged offline", flush=True)
             self.mode = "offline"
+            wandb.teardown()  # else the service holds on to the run's id
             return wandb.init(mode="offline", settings=_settings(), **arguments)
 
     def _safely(self, call: Callable[[], Any]) -> None:
@@ -189,13 +190,13 @@ class WandbTracker(Tracker):
         if self._before is None:
             os.environ.pop("WANDB_DATA_DIR", None)
         segments = sorted((self.folder / "wandb").glob("offline-run-*" if self.mode == "offline" else "run-*"))
-        command = f"wandb sync {' '.join(str(s) for s in segments)}"
+        places = " ".join(str(s) for s in segments)
         if self.mode == "offline":
-            self.where = f"W&B: logged offline; to send it: {command}"
+            self.where = f"W&B: logged offline; to send it: wandb sync {places}"
         elif complete:
             self.where = f"W&B: {self.run.url}"
         else:
-            self.where = f"W&B: not everything could be sent; to send the rest: {command}"
+            self.where = f"W&B: not everything could be sent; to send the rest: wandb sync --include-online {places}"
 
     def _finish(self, exit_code: int) -> bool:
         """Whether everything was sent, or written where the mode is offline."""
@@ -227,8 +228,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _as_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    import wandb
     from torch import Tensor
+
+    import wandb
 
     def shown(value: Any) -> Any:
         if not isinstance(value, Tensor):
