@@ -200,8 +200,18 @@ class Search:
         self.directions = s._get_directions()
         self.objectives = [config.objective] if isinstance(config.objective, str) else list(config.objective)
         self._check_directions()
+        s.params = {self._spelt(k): v for k, v in (s.params or {}).items()}
         self.arguments = [*self.typed, *sweep.extras(config, self.name, at_once)]
         self.plain_launcher, s.launcher = s.launcher, self
+
+    def _spelt(self, key: str) -> str:
+        """A parameter's key as Hydra takes it: with ++ where the configuration has no such argument yet."""
+        from omegaconf import OmegaConf
+
+        from kd.config import rewrite
+
+        there = OmegaConf.select(self.config, key, throw_on_missing=False) is not None
+        return key if there else rewrite(f"{key}=x").removesuffix("=x")
 
     def _check_directions(self) -> None:
         if len(self.directions) != len(self.objectives):
@@ -279,7 +289,7 @@ class Search:
         rows = []
         for overrides in job_overrides:
             cell = plan.look_up(plan.Cell(tuple(overrides)), composer, self.typed)
-            picked = [o for o in overrides if o not in self.arguments and not o.startswith("+")]
+            picked = [o.lstrip("+") for o in overrides if o not in self.arguments]
             print(f"[trial {len(self.trials) + 1}] {' '.join(picked)}", flush=True)
             rows.append({"overrides": picked, "run": cell.run.name if cell.run else None, "state": "running"})
             self.trials.append(rows[-1])
@@ -343,7 +353,7 @@ class Search:
             place = self.folder / "experiment" / f"{name}.yaml"
             write_experiment(place, trial, self)
             values = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.objectives, trial.values, strict=True))
-            print(f"best: {values} at {', '.join(f'{k}={_short(v)}' for k, v in trial.params.items())}")
+            print(f"best: {values} at {', '.join(k.lstrip('+') + '=' + _short(v) for k, v in trial.params.items())}")
             print(f"  {place}: python -m kd.train --config-dir {self.folder} +experiment={name}")
         drawn = trials.draw(json.loads(self.path.read_text(encoding="utf-8")), self.folder / "plots")
         print(f"{len(finished)} trials finished; plots: {', '.join(str(f.png) for f in drawn)}", flush=True)
@@ -384,7 +394,7 @@ def write_experiment(place: Path, trial: Any, search: Search) -> None:
 
     loader, master = search.sweeper.hydra_context.config_loader, search.config
     picked = [f"{k}={v}" for k, v in trial.params.items()]
-    kept = [o for o in search.arguments if o.lstrip("+").split("=")[0] not in trial.params]
+    kept = [o for o in search.arguments if o.partition("=")[0] not in trial.params]
     composer = sweep.Composer(loader, master)
     whole = composer([*kept, *picked])
     chosen = {g: c for g, c in whole.hydra.runtime.choices.items() if _of_ours(g, GROUPS) and c is not None}
@@ -402,7 +412,12 @@ def write_experiment(place: Path, trial: Any, search: Search) -> None:
 
 
 def _of_ours(group: str, groups: Sequence[str]) -> bool:
-    return group.split("@", maxsplit=1)[0] in groups and group.split("@", maxsplit=1)[0] not in ("experiment", "sweep", "search", "tracker")
+    return group.split("@", maxsplit=1)[0] in groups and group.split("@", maxsplit=1)[0] not in (
+        "experiment",
+        "sweep",
+        "search",
+        "tracker",
+    )
 
 
 def _choice(choice: Any) -> str:
