@@ -37,10 +37,9 @@ def main() -> int:
 
 def attempt(teacher: str, student: str, loss: str, overrides: list[str]) -> str:
     """`runs`, or `refused: REASON` where no step was made, or `broken: ERROR`."""
-    from kd import compose, run, runs, speed
+    from kd import compose, run, runs
     from kd.hints import UserError
 
-    speed.SECONDS = 0.05  # nobody asks how fast they are here
     cfg = compose(f"teacher={teacher}", f"student={student}", f"loss={loss}", *overrides)
     try:
         done = run(cfg, say=lambda _: None)
