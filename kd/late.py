@@ -1,4 +1,4 @@
-"""Imports that are put off: torchvision and timm without torch's compiler, which an eager run has no use for."""
+"""What does without the import of torch's compiler, 3 to 4 s that an eager run has no use for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPILER = ("torch._dynamo", "torch._dynamo.utils")
 
 
 def timm() -> None:
-    """Import timm and torchvision without the compiler, whose import takes 3 to 4 s.
+    """Import timm and torchvision without the compiler.
 
     One operator of torchvision (`roi_align`) wants a function of the compiler when it is imported, and calls it on a GPU
     alone; timm marks a few functions as not to be compiled. Both get what asks the compiler when it is called. Where this
@@ -33,6 +33,21 @@ def _quickly(name: str) -> None:
     except Exception:  # one that asks for more: drop the part that came, and let it be imported as it wants to be
         for part in [n for n in sys.modules if n.split(".")[0] == name]:
             del sys.modules[part]
+
+
+def unmarked(namespace: Any) -> None:
+    """Let functions be called without the compiler that torch marks as not to be compiled, a class's or a module's.
+
+    torch imports the compiler at their first call, to mark them, unless the mark is there. It is set here to the function
+    itself. A torch that does it otherwise is left as it is.
+    """
+    import torch
+
+    for function in list(vars(namespace).values()):
+        while plain := getattr(function, "__wrapped__", None):
+            if getattr(getattr(function, "__code__", None), "co_filename", None) == torch._compile.__file__:
+                plain.__dict__.setdefault("__dynamo_disable", plain)
+            function = plain  # noqa: PLW2901
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from kd import late
 from kd.config import Recipe
 
 OWN = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -23,25 +24,13 @@ def make_optimizer(recipe: Recipe, modules: Iterable[nn.Module]) -> torch.optim.
     modules = nn.ModuleList(modules)
     if recipe.optimizer not in OWN:
         return _from_timm(recipe, modules)
-    put_off_compiler()
+    late.unmarked(torch.optim.Optimizer)
     arguments = {"lr": recipe.lr, **recipe.optimizer_args}
     if recipe.optimizer == "sgd":
         arguments = {"momentum": 0.9, "nesterov": recipe.optimizer_args.get("momentum", 0.9) > 0, **arguments}
     else:
         arguments = {"fused": True, **arguments}
     return plain_step(OWN[recipe.optimizer](_groups(modules, recipe), **arguments))
-
-
-def put_off_compiler() -> None:
-    """Let torch's optimisers be made without the compiler, whose import takes 3 s that an eager run has no use for.
-
-    torch marks some of their methods as not to be compiled, and imports the compiler to do so at the first call, unless
-    the mark is there. It is set here to the method itself. A torch that does it otherwise is left as it is.
-    """
-    for method in vars(torch.optim.Optimizer).values():
-        plain, code = getattr(method, "__wrapped__", None), getattr(method, "__code__", None)
-        if plain is not None and code is not None and code.co_filename == torch._compile.__file__:
-            plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
 def plain_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
