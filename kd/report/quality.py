@@ -64,10 +64,16 @@ def _sentences(cells: Sequence[Cell], baseline: Cell | None) -> list[str]:
     worse = [c for c in cells if c not in better]
     hurt = [c for c in worse if c.gain is not None and c.gain.value < 0]
     if worse:
-        sure = [c for c in hurt if c.gain.resolved]
+        sure = [c for c in hurt if sure_gain(c)]
         many = "1 teacher that is" if len(worse) == 1 else f"{len(worse)} teachers that are"
         said.append(f"Of {many} no better than the student alone, {len(hurt)} made it worse ({len(sure)} resolved).")
     return said
+
+
+def sure_gain(cell: Cell) -> bool:
+    """Whether a gain or a loss stands: its interval leaves out zero, and so does the test corrected for all comparisons."""
+    corrected = cell.p_value is None or cell.p_value < 1 - stats.LEVEL
+    return cell.gain is not None and cell.gain.resolved and corrected
 
 
 def verdict(cells: Sequence[Cell], whom: str) -> str:
@@ -96,7 +102,9 @@ def _gain_sentence(cell: Cell) -> str:
     )
     if gain.low is None:
         return f"{text}; one seed, so not resolved."
-    word = "resolved" if gain.resolved else "not resolved"
+    word = "resolved" if sure_gain(cell) else "not resolved"
+    if gain.resolved and word != "resolved":
+        word += " (the interval alone leaves out zero, but there are many comparisons)"
     chosen = "; the best of several, so its gain is an optimistic pick"
     p = f", p = {pieces.p_text(cell.p_value)} after Holm" if cell.p_value is not None else ""
     return f"{text}, 95 % interval {pieces.interval(gain, signed=True)}{p}: {word}{chosen}."
