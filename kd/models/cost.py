@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kd import late
 from kd.models.classifier import Classifier
 
 
@@ -22,8 +23,9 @@ def count_macs(model: nn.Module, image_size: int | None = None, in_channels: int
     every device alike: the counter has no formula for the CPU's fused kernel, so the plain one runs here.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils import flop_counter
 
+    late.unmarked(getattr(flop_counter, "_FlopCounterMode", flop_counter.FlopCounterMode))
     network = model
     if isinstance(model, Classifier):
         network, in_channels = model.network, model.built["in_channels"]
@@ -35,7 +37,7 @@ def count_macs(model: nn.Module, image_size: int | None = None, in_channels: int
     }  # the counter hooks whatever could have a gradient
     network.eval()
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), flop_counter.FlopCounterMode(display=False) as counter:
             torch.func.functional_call(network, detached, images)
     finally:
         network.train(training)
