@@ -74,6 +74,11 @@ class Training:
         """The classifier that is evaluated and kept: the averaged one under EMA."""
         return self.ema.module if self.ema is not None else self.student
 
+    def whole(self, step: int) -> bool:
+        """Whether no gradients are waiting after so many steps: sums of `recipe.accumulate` batches end with the epoch."""
+        inside = step % self.steps_per_epoch
+        return inside % self.recipe.accumulate == 0 or step >= self.steps
+
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the kept classifier's weights."""
         state = {"optimizer": self.optimizer.state_dict(), "loss": self.loss.state_dict(), "progress": asdict(self.progress)}
@@ -132,10 +137,10 @@ def smooth(targets: Tensor, num_classes: int, amount: float) -> Tensor:
 
 
 def apply_step(training: Training) -> float:
-    """Clip, step and average; gives the learning rate used."""
+    """Clip, step and average, once `recipe.accumulate` batches are summed or the epoch is over; gives the learning rate."""
     t, recipe = training, training.recipe
     lr = learning_rate(recipe, t.progress.step, t.steps, t.steps_per_epoch)
-    if (t.progress.step + 1) % recipe.accumulate and t.progress.step + 1 < t.steps:
+    if not t.whole(t.progress.step + 1):
         return lr
     set_learning_rate(t.optimizer, lr)
     if recipe.clip_grad:
@@ -197,7 +202,7 @@ def fit(
             t.progress.step += 1
             if len(meter.rows) >= INTERVAL:
                 _flush(t, meter, tracker, console)
-            if stop.signum or saved.seconds() > CHECKPOINT_SECONDS:
+            if (stop.signum or saved.seconds() > CHECKPOINT_SECONDS) and t.whole(t.progress.step):
                 _flush(t, meter, tracker, console)
                 saved.write(checkpoints, t, tracker)
                 if stop.signum:

@@ -164,6 +164,7 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     )
     require_same_ground(this, precision, say)
     training.steps = _steps(training, dataset, this)
+    check_kept_epochs(training)
     this.update(
         precision=precision,
         steps=training.steps,
@@ -236,6 +237,13 @@ def _steps(training: Training, dataset: Any, this: Run) -> int:
     if recipe.epochs is None:
         raise ConfigError("the recipe has no length: type recipe.epochs=, recipe.steps= or recipe.minutes=")
     return max(1, math.ceil(recipe.epochs * training.steps_per_epoch))
+
+
+def check_kept_epochs(training: Training) -> None:
+    """ConfigError for an epoch in `recipe.keep_epochs` that the run does not reach."""
+    epochs = math.ceil(training.steps / training.steps_per_epoch)
+    if beyond := [e for e in training.recipe.keep_epochs if not 1 <= e <= epochs]:
+        raise ConfigError(f"keep_epochs={beyond}: the run has the epochs 1 to {epochs}")
 
 
 def probe_steps(training: Training, dataset: Any, warm: int = 2, timed: int = 6) -> int:

@@ -239,3 +239,29 @@ def test_a_grafted_head_is_trained_saved_and_resumed(tiny, tmp_path, monkeypatch
     monkeypatch.undo()
     again = run(compose(*settings, "recipe.epochs=4"))
     assert weights(again.folder.parent) == weights(whole.folder.parent)
+
+
+def test_a_signal_inside_a_sum_of_batches_waits_for_its_end(tiny, tmp_path, monkeypatch):
+    """Gradients are in no checkpoint: seven steps an epoch, three batches a sum."""
+    settings = [*tiny, "teacher=none", "recipe.epochs=2", "recipe.accumulate=3"]
+    whole = run(compose(*settings, f"runs_dir={tmp_path / 'whole'}"))
+    from kd import loop
+    from kd.hints import Interrupted
+
+    plain = loop.train_step
+
+    def interrupted_at_four(training, raw):
+        if training.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(training, raw)
+
+    monkeypatch.setattr(loop, "train_step", interrupted_at_four)
+    with pytest.raises(Interrupted, match="step 6 of 14"):
+        run(compose(*settings))
+    monkeypatch.undo()
+    assert weights(run(compose(*settings)).folder.parent) == weights(whole.folder.parent)
+
+
+def test_epochs_that_are_not_reached_cannot_be_kept(tiny):
+    with pytest.raises(UserError, match="epochs 1 to 2"):
+        run(compose(*tiny, "teacher=none", "recipe.epochs=2", "recipe.keep_epochs=[3]"))
