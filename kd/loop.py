@@ -81,7 +81,11 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the kept classifier's weights."""
-        state = {"optimizer": self.optimizer.state_dict(), "loss": self.loss.state_dict(), "progress": asdict(self.progress)}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "loss": self.loss.state_dict(),
+            "progress": asdict(self.progress),
+        }
         if self.ema is not None:
             state["raw"] = self.student.tensors()
             state["averaged"] = self.ema.n_averaged
@@ -171,7 +175,10 @@ class Meter:
             names = rows[0][2]
             size = next((i for i, r in enumerate(rows) if r[2] != names), len(rows))
             values = torch.stack([r[3] for r in rows[:size]]).tolist()
-            read += [(r[0], {**dict(zip(names, v, strict=True)), "train/lr": r[1]}) for r, v in zip(rows[:size], values, strict=True)]
+            read += [
+                (r[0], {**dict(zip(names, v, strict=True)), "train/lr": r[1]})
+                for r, v in zip(rows[:size], values, strict=True)
+            ]
             rows = rows[size:]
         return read
 
@@ -206,7 +213,10 @@ def fit(
                 _flush(t, meter, tracker, console)
                 saved.write(checkpoints, t, tracker)
                 if stop.signum:
-                    raise Interrupted(stop.signum, f"interrupted at step {t.progress.step} of {t.steps}; the same command goes on from there")
+                    raise Interrupted(
+                        stop.signum,
+                        f"interrupted at step {t.progress.step} of {t.steps}; the same command goes on from there",
+                    )
             if t.progress.step >= t.steps:
                 break
         _flush(t, meter, tracker, console)
@@ -233,7 +243,9 @@ def _flush(t: Training, meter: Meter, tracker: Any, console: Any) -> None:
     for step, values in rows:
         if not math.isfinite(values["train/loss"]):
             shown = ", ".join(f"{n} {v:g}" for n, v in values.items() if n.startswith("train/loss"))
-            raise DivergedError(f"diverged at step {step + 1} with learning rate {values['train/lr']:g} ({shown}). Lower recipe.lr, or set recipe.clip_grad=1")
+            raise DivergedError(
+                f"diverged at step {step + 1} with learning rate {values['train/lr']:g} ({shown}). Lower recipe.lr, or set recipe.clip_grad=1"
+            )
         tracker.log(values | speed if step == rows[-1][0] else values, step + 1)
         for name, value in values.items():
             t.progress.sums[name] = t.progress.sums.get(name, 0.0) + value
@@ -241,7 +253,9 @@ def _flush(t: Training, meter: Meter, tracker: Any, console: Any) -> None:
     console.interval(t, values | speed)
 
 
-def _end_epoch(t: Training, validate, checkpoints: Checkpoints, tracker: Any, console: Any, saved: _Saved) -> dict[str, float]:
+def _end_epoch(
+    t: Training, validate, checkpoints: Checkpoints, tracker: Any, console: Any, saved: _Saved
+) -> dict[str, float]:
     """Validate, remember the best, keep what is to be kept, and save unless that would cost more than its share."""
     p, last = t.progress, t.progress.step >= t.steps
     epoch = math.ceil(p.step / t.steps_per_epoch)
