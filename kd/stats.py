@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -81,36 +85,48 @@ def spearman(groups: Sequence[tuple[float, Sequence[float]]], level: float = LEV
     """Rank correlation of x with the mean of its y values over groups (x, ys), with a percentile bootstrap interval.
 
     Groups are drawn with replacement, and within each its y values: the interval covers the choice of teachers and the
-    seeds, and is stretched to the value itself. Resamples without variation are drawn again; fewer than three groups
-    give no interval, fewer than two no value (nan).
+    seeds, and is stretched to the value itself. Resamples of fewer than three different groups, or without variation,
+    do not count; fewer than three groups give no interval, fewer than two no value (nan).
     """
     import numpy as np
-    from scipy.stats import rankdata
 
-    def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-        a, b = rankdata(x), rankdata(y)
-        if a.std() == 0 or b.std() == 0:
-            return math.nan
-        return float(np.corrcoef(a, b)[0, 1])
-
-    xs = np.array([x for x, _ in groups], float)
-    value = rank_correlation(xs, np.array([np.mean(ys) for _, ys in groups])) if len(groups) > 1 else math.nan
+    xs = np.array([x for x, _ in groups], float)  # (G,)
+    means = np.array([np.mean(ys) for _, ys in groups])  # (G,)
+    value = float(_rank_correlation(xs[None], means[None])[0]) if len(groups) > 1 else math.nan
     if len(groups) < 3 or math.isnan(value):
         return Estimate(value, n=len(groups))
-    generator, found, tries = np.random.default_rng(seed), [], 0
-    while len(found) < RESAMPLES and tries < 2 * RESAMPLES:
-        tries += 1
-        picked = generator.integers(len(groups), size=len(groups))
-        if len(set(picked.tolist())) < 3:
-            continue
-        ys = [np.mean(generator.choice(groups[i][1], len(groups[i][1]))) for i in picked]
-        drawn = rank_correlation(xs[picked], np.array(ys))
-        if not math.isnan(drawn):
-            found.append(drawn)
-    if len(found) < RESAMPLES // 2:
+    generator = np.random.default_rng(seed)
+    picked = generator.integers(len(groups), size=(RESAMPLES, len(groups)))  # (R, G)
+    varied = np.array([len(set(row)) > 2 for row in picked.tolist()])
+    picked = picked[varied]
+    found = _rank_correlation(xs[picked], _drawn_means([ys for _, ys in groups], picked, generator))
+    found = found[~np.isnan(found)]
+    if len(found) < RESAMPLES // 4:
         return Estimate(value, n=len(groups))
     low, high = np.quantile(found, [0.5 - level / 2, 0.5 + level / 2])
     return Estimate(value, min(float(low), value), max(float(high), value), len(groups))
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's coefficient of each row, (R, G), (R, G) -> (R,); nan where a row has no variation."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(v, axis=1) - (v.shape[1] + 1) / 2 for v in (x, y))
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+
+
+def _drawn_means(values: Sequence[Sequence[float]], picked: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """For every picked group (R, G) the mean of as many draws from its values as it has, (R, G)."""
+    import numpy as np
+
+    counts = np.array([len(v) for v in values])
+    table = np.array([np.resize(v, counts.max()) for v in values])  # (G, most)
+    size = counts[picked][..., None]  # (R, G, 1)
+    drawn = (generator.random((*picked.shape, counts.max())) * size).astype(int)
+    kept = np.arange(counts.max()) < size
+    return (table[picked[..., None], drawn] * kept).sum(-1) / size[..., 0]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
