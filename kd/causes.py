@@ -77,7 +77,7 @@ def cause(case: Case) -> Finding | None:
     def right(part: Any) -> Tensor:
         return case.hear(part).argmax(1) == part.targets
 
-    if reading := suspects.other_reading(case.network, case.split, right):
+    if reading := suspects.other_reading(case.network, case.split, right, case.right):
         return wrong_reading(case, *reading)
     same = case.right[suspects.places(len(case.right), len(case.probed))] if case.top1 < 0.5 else None
     if same is not None and case.known > 2 * case.top1 and suspects.surely_better(case.probed, same):

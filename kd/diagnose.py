@@ -35,6 +35,8 @@ def diagnose(loaded: Any, dataset: Any, cfg: Any, device: str, half: bool) -> tu
     findings += temperatures(figures) + frozen(loaded.classifier)
     for case, digest in cases(loaded, split, dataset.classes, device, half):
         if digest is None or digest != dataset.digest:  # else trained by kd on these very images: all its own
+            if case.network is loaded.classifier:
+                case.logits = logits  # heard already
             findings += [found] if (found := cause(case)) else []
     top1, least = quick["top1"], teacher.floor(cfg, dataset.num_classes)
     if top1 < least and not any(f.stops for f in findings):

@@ -26,14 +26,12 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 def spread(split: Any, most: int) -> Any:
     """At most so many images of a split, evenly spaced: all of its classes, the same ones every time."""
-    if len(split) <= most:
-        return split
-    return split.subset(places(len(split), most))
+    return split if len(split) <= most else split.subset(places(len(split), most))
 
 
-def places(total: int, count: int) -> Tensor:
-    """`count` numbers from 0 to total - 1, evenly spaced, int64."""
-    return torch.linspace(0, total - 1, count).round().long()
+def places(total: int, most: int) -> Tensor:
+    """At most so many numbers from 0 to total - 1, evenly spaced, int64."""
+    return torch.linspace(0, total - 1, min(total, most)).round().long()
 
 
 def halves(targets: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -119,19 +117,21 @@ def _rounded(values: Tensor) -> tuple[float, ...]:
 Right = Callable[[Any], Tensor]  # split -> whether each of its images is classified rightly, bool (N,)
 
 
-def other_reading(classifier: nn.Module, split: Any, right: Right) -> tuple[Reading, float, float] | None:
-    """(the best other reading, top-1 under it, top-1 now) where one is clearly and surely better, else None."""
-    few, many = spread(split, FIRST), spread(split, MOST)
-    now_few, found, now_many = right(few), None, None
+def other_reading(classifier: nn.Module, split: Any, right: Right, now: Tensor) -> tuple[Reading, float, float] | None:
+    """(the best other reading, top-1 under it, top-1 now) where one is clearly and surely better, else None.
+
+    `now` is `right(split)` as it is, bool (N,). What looks better on a few images is looked at on more.
+    """
+    few, many, found = spread(split, FIRST), spread(split, MOST), None
+    now_few, now_many = now[places(len(now), FIRST)], now[places(len(now), MOST)]
     for reading in readings(classifier.preprocess, few.images):
         gain = (read_as(classifier, few, right, reading).sum() - now_few.sum()).item()
         if gain < 2:
             continue
-        now_many = right(many) if now_many is None else now_many
         then = read_as(classifier, many, right, reading)
-        top1, now = then.double().mean().item(), now_many.double().mean().item()
-        if top1 - now > CLEAR and surely_better(then, now_many) and (found is None or top1 > found[1]):
-            found = (reading, top1, now)
+        top1, before = then.double().mean().item(), now_many.double().mean().item()
+        if top1 - before > CLEAR and surely_better(then, now_many) and (found is None or top1 > found[1]):
+            found = (reading, top1, before)
     return found
 
 

@@ -110,9 +110,11 @@ def test_blue_for_red_is_found():
     images[targets == 1, 0] += 150
     split = Pictures(images, targets)
     network = Reddish()
-    reading, then, now = suspects.other_reading(
-        network, split, lambda s: network(s.images).logits.argmax(1) == s.targets
-    )
+
+    def right(part):
+        return network(part.images).logits.argmax(1) == part.targets
+
+    reading, then, now = suspects.other_reading(network, split, right, right(split))
     assert (reading.swapped, then, now) == (True, 1.0, 0.0)
 
 
@@ -131,7 +133,7 @@ class Pictures:
 
 def test_a_reading_leaves_the_classifier_as_it_was(case):
     before = case.network.preprocess
-    suspects.other_reading(case.network, case.split, lambda part: case.hear(part).argmax(1) == part.targets)
+    suspects.other_reading(case.network, case.split, lambda part: case.hear(part).argmax(1) == part.targets, case.right)
     assert case.network.preprocess is before
 
 
