@@ -105,7 +105,7 @@ class Teacher(Model):
     """The network that is imitated. A teacher is a run of its own: recipe, seed and data do not follow the student's."""
 
     checkpoint: str | None = (
-        "auto"  # auto: the run that its recipe describes, trained if need be; or a path or artifact
+        "auto"  # auto: the run that its recipe describes, trained if need be; hub; or a path or artifact
     )
     epoch: int | None = None  # a checkpoint that teacher.recipe.keep_epochs kept
     seed: int = 0

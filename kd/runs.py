@@ -60,7 +60,7 @@ def identity(cfg: Config, data_digest: str) -> dict[str, Any]:
 
 
 def _model(settings: dict[str, Any]) -> dict[str, Any]:
-    if settings.get("checkpoint") not in (None, "auto"):
+    if settings.get("checkpoint") not in (None, "auto", "hub"):
         settings["checkpoint"] = weights_digest(settings["checkpoint"])
     return settings
 

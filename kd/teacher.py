@@ -79,7 +79,11 @@ def find(cfg: Config, dataset: Any, train: Callable[..., runs.Run], say: Callabl
         run = train(teacher_config(cfg), wait=True)
         return from_run(run, cfg)
     if not cfg.teacher.checkpoint:
-        raise UserError("teacher.checkpoint is empty: type auto (fine-tune it by its recipe), or a path to weights")
+        raise UserError(
+            "teacher.checkpoint is empty: type auto (fine-tune it by its recipe), hub (as the hub has it), or a path to weights"
+        )
+    if cfg.teacher.checkpoint == "hub":
+        return from_hub(cfg, dataset)
     folder = saved.local(cfg.teacher.checkpoint)
     if (folder / "run.json").is_file():
         loaded = from_run(runs.open_run(folder), cfg)
@@ -108,6 +112,19 @@ def from_run(run: runs.Run, cfg: Config) -> Loaded:
         "metrics": {n: v for n, v in metrics.items() if n.startswith("test/")},
     }
     return Loaded(models.load(folder), source, weights, digest=run.record.get("dataset", {}).get("digest"))
+
+
+def from_hub(cfg: Config, dataset: Any) -> Loaded:
+    """Hub weights as they are, head included; UserError where the hub's classes are another number."""
+    spec, sizes = dataclasses.asdict(cfg.teacher), (dataset.num_classes, dataset.image_size, dataset.channels)
+    classifier = models.build(spec, *sizes, pretrained=True)
+    if classifier.origin.get("head") != "kept":
+        raise UserError(
+            f"teacher {cfg.teacher.name}: its head would be random ({classifier.origin.get('head', 'no hub weights')}). "
+            "Type teacher.checkpoint=auto to fine-tune it on this dataset first, or give weights that were: "
+            "teacher.checkpoint=PATH"
+        )
+    return Loaded(classifier, dict(classifier.origin))
 
 
 def from_file(cfg: Config, dataset: Any, weights: Path, say: Callable[[str], None]) -> Loaded:

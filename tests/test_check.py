@@ -386,3 +386,22 @@ def test_published_weights(name, photographs, shared, tmp_path, command):
 
 def test_the_entry_point_is_a_module():
     assert callable(check.main)
+
+
+# Hub weights
+
+
+def test_hub_weights_teach_with_their_own_head_or_not_at_all(settings, monkeypatch, command):
+    built = models.build
+
+    def from_hub(spec, *sizes, pretrained=False, **more):
+        classifier = built(spec, *sizes, **more)
+        classifier.origin = {"weights": "hub", "source": "timm/it", "head": head} if pretrained else classifier.origin
+        return classifier
+
+    monkeypatch.setattr(models, "build", from_hub)
+    head = "new, 1000 -> 10 classes"
+    assert "its head would be random (new, 1000 -> 10 classes)" in refused(command, settings, "teacher.checkpoint=hub")
+    head = "kept"
+    code, _, err = command("train", *settings, "teacher.checkpoint=hub", "teacher.min_top1=0")
+    assert code == 0, err
