@@ -66,7 +66,7 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, budget: str) -> list[Fi
     classes = cells[0].first.run.record["dataset"]["classes"]
     grid = np.array([np.mean([r.run.record["per_class"]["student"] for r in c.rows], axis=0) for c in cells])
     titles = [_wrap("alone" if c.alone else f"{c.first.teacher}, {c.first.method}", c.first.student) for c in cells]
-    with plots.canvas(folder, name, f"Recall of each class; {budget}", height=1.3 + 0.34 * len(cells)) as (
+    with plots.canvas(folder, name, f"Recall of each class; {budget}", height=1.0 + 0.42 * len(cells)) as (
         figure,
         axes,
         saved,
@@ -80,14 +80,13 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, budget: str) -> list[Fi
                 f"{value:.0f}",
                 ha="center",
                 va="center",
-                fontsize=6.5,
+                fontsize=9,
                 color="white" if value < middle else "black",
             )
         axes.set_xticks(range(len(classes)), classes, fontsize=8, rotation=0 if max(map(len, classes)) < 4 else 60)
-        axes.set_yticks(range(len(cells)), titles, fontsize=7)
+        axes.set_yticks(range(len(cells)), titles, fontsize=8)
         axes.grid(False)
-        axes.set_xlabel("class")
-        figure.colorbar(image, label="recall (%)", shrink=0.9)
+        axes.set_xlabel("class; numbers are recall (%)")
     return saved
 
 

@@ -30,6 +30,7 @@ class Point:
     top1: stats.Estimate
     cost: dict[str, float]
     how: str
+    images: int | None = None  # that it was trained on
 
 
 def sections(gathered: Gathered, folder: Path, measure: bool) -> list[Section]:
@@ -54,9 +55,8 @@ def _points(cells: Sequence[Cell], costs: dict[str, dict[str, float]], taught_by
             continue
         at = (cell.first.student, kind)
         if at not in best or top1.value > best[at].top1.value:
-            best[at] = Point(
-                cell.first.student, kind, top1, cost, "" if cell.alone else f"{cell.first.method}, {cell.first.teacher}"
-            )
+            how = "" if cell.alone else f"{cell.first.method}, {cell.first.teacher}"
+            best[at] = Point(cell.first.student, kind, top1, cost, how, cell.first.run.record["dataset"].get("train"))
     return list(best.values())
 
 
@@ -86,25 +86,26 @@ def _sentences(points: Sequence[Point]) -> list[str]:
         )
     else:
         said.append("Not timed here: python -m kd.report speed=on measures every network once, alone.")
-    teachers = [p for p in points if p.kind == "teacher"]
-    if teachers:
-        best = max(teachers, key=lambda p: p.top1.value)
-        said += [_against(best, p) for p in points if p.kind == "distilled" and p.name != best.name]
+    images = {kind: sorted({p.images for p in points if p.kind == kind and p.images}) for kind in KINDS}
+    if len({tuple(i) for i in images.values() if i}) > 1:
+        shown = ", ".join(f"{kind} {' or '.join(map(str, i))}" for kind, i in images.items() if i)
+        said.append(f"They were not trained on equally many labelled images: {shown}.")
+    for student in (p for p in points if p.kind == "distilled"):
+        larger = [p for p in points if p.kind == "teacher" and p.cost["parameters"] > student.cost["parameters"]]
+        if larger:
+            said.append(_against(max(larger, key=lambda p: p.top1.value), student))
     return said
 
 
 def _against(teacher: Point, student: Point) -> str:
-    parts = [f"{teacher.cost['size_mib'] / student.cost['size_mib']:.1f} times smaller"]
-    if "latency_ms" in teacher.cost and "latency_ms" in student.cost:
-        parts.append(
-            _times(teacher.cost["latency_ms"] / student.cost["latency_ms"], "faster", "slower") + " on one image"
-        )
-        parts.append(
-            _times(student.cost["images_per_s"] / teacher.cost["images_per_s"], "the throughput", "less throughput")
-        )
-    lost = student.top1.value - teacher.top1.value
-    pair = f"{student.name} ({student.how}) against the best teacher {teacher.name}"
-    return f"{pair}: {pieces.enumerate_words(parts)}, {pieces.points(lost)} points of top-1."
+    ours, theirs = student.cost, teacher.cost
+    parts = [_times(theirs["size_mib"] / ours["size_mib"], "smaller", "larger")]
+    if "latency_ms" in ours and "latency_ms" in theirs:
+        parts.append(_times(theirs["latency_ms"] / ours["latency_ms"], "faster", "slower") + " on one image")
+        parts.append(_times(ours["images_per_s"] / theirs["images_per_s"], "the throughput", "less throughput"))
+    lost = pieces.points(student.top1.value - teacher.top1.value)
+    pair = f"{student.name} ({student.how}) against {teacher.name}, the best of the larger teachers"
+    return f"{pair}: {pieces.enumerate_words(parts)}, {lost} points of top-1."
 
 
 def _times(ratio: float, more: str, less: str) -> str:

@@ -34,9 +34,10 @@ def _section(cells: Sequence[Cell], folder: Path, at: int) -> Section:
     section = Section(f"Teacher quality: {row.student} by {row.method}", _sentences(known, baseline), [_table(known)])
     section.sentences.insert(0, f"{row.budget}; {_seeds(known)}. Accuracies are top-1 on the test split.")
     name = f"teacher_quality{at or ''}"
-    section.figures += draw(known, baseline, folder, name, "all teachers")
     better = better_than(known, baseline)
-    if len(better) >= 2:
+    crowd = better if len(better) >= 2 else []  # drawn, and labelled, by themselves
+    section.figures += draw(known, baseline, folder, name, "all teachers", [c for c in known if c not in crowd])
+    if crowd:
         section.figures += draw(better, baseline, folder, f"{name}_better", "teachers better than the student alone")
     return section
 
@@ -135,8 +136,15 @@ def _table(cells: Sequence[Cell]) -> Table:
     return Table(columns, rows, note="Kept epochs are points inside one run's schedule, not runs of that length.")
 
 
-def draw(cells: Sequence[Cell], baseline: Cell | None, folder: Path, name: str, whom: str) -> list[Figure]:
-    """Student against teacher: means with intervals, seeds as dots, the student alone as a band."""
+def draw(
+    cells: Sequence[Cell],
+    baseline: Cell | None,
+    folder: Path,
+    name: str,
+    whom: str,
+    labelled: Sequence[Cell] | None = None,
+) -> list[Figure]:
+    """Student against teacher: means with intervals, seeds as dots, the student alone as a band; `labelled` get names."""
     row = cells[0].first
     caption = (
         f"{row.student} by {row.method} against its teacher's accuracy, {whom}; bars are 95 % intervals of the mean"
@@ -151,7 +159,8 @@ def draw(cells: Sequence[Cell], baseline: Cell | None, folder: Path, name: str, 
         axes.set_xlabel("teacher, test top-1 (%)")
         axes.set_ylabel("student, test top-1 (%)")
         axes.legend(loc="best")
-        points = [(100 * c.first.teacher_top1, 100 * c.mean().value, _short(c)) for c in cells]
+        named = cells if labelled is None else labelled
+        points = [(100 * c.first.teacher_top1, 100 * c.mean().value, _short(c)) for c in named]
         axes.margins(0.08)
         plots.label_points(axes, points)
     return saved
