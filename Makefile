@@ -33,7 +33,7 @@ lint: $(STAMP)  ## check the code's form
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 test: $(STAMP)  ## run the tests (ARGS="-k loop" for some of them)
-	.venv/bin/python -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(STAMP)  ## our training step against the textbook's (OUT=bench.json)
 	$(PY) scripts/bench/run.py $(if $(OUT),out=$(OUT)) $(ARGS)
