@@ -5,6 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 UV ?= $(shell command -v uv || echo .uv/bin/uv)
 PY := .venv/bin/python
 STAMP := .venv/.installed
+# the machine's own certificates, which know of a company's proxy
+export UV_NATIVE_TLS := true
+export UV_SYSTEM_CERTS := true
 ARGS ?=
 
 .PHONY: help install demo format lint test bench sweep-teacher-quality sweep-cross-architecture search report lock clean
