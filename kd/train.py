@@ -10,6 +10,8 @@ python -m kd.evaluate run=RUN_DIR out=FILE.json         score a finished run
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -118,10 +120,10 @@ def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callabl
     check.before_teacher(cfg, dataset)
     loaded = teacher.obtain(cfg, dataset, _run, say)
     teacher.check_classes(loaded.classifier, dataset, f"the teacher {cfg.teacher.name}")
-    half = device.resolve_precision(cfg.recipe.precision, where) == "bf16"
+    half = device.resolve_precision(cfg.recipe.precision, where, loaded.classifier) == "bf16"
     loaded.classifier = teacher.freeze(loaded.classifier, where, half)
     figures, findings = diagnose.diagnose(loaded, dataset, cfg, where, half)
-    this.update(teacher={**loaded.source, "name": cfg.teacher.name, **figures})
+    this.update(teacher={**loaded.source, "name": cfg.teacher.name, "precision": "bf16" if half else "fp32", **figures})
     say(check.teacher_line(cfg, figures))
     finding.stop(findings, say)
     return loaded
@@ -271,6 +273,7 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
             "runs_dir": cfg.runs_dir,
         },
         sweep=cfg.sweep_name,
+        command=_typed(),
         created=this.record.get("created", runs.now()),
         environment=runs.environment(where),
         dataset={**data, **sizes},
@@ -285,6 +288,13 @@ def _open_folder(this: Run, cfg: Config, settings: dict, dataset: Any, where: st
     files.write_text(
         this.folder / ".hydra" / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
     )
+
+
+def _typed() -> str | None:
+    """The command that this process was started with, where it was kd.train: a report shows it for what is missing."""
+    program = Path(sys.argv[0])
+    ours = program.name == "kd-train" or program.parts[-2:] == ("kd", "train.py")
+    return shlex.join(["python", "-m", "kd.train", *sys.argv[1:]]) if ours else None
 
 
 @contextmanager
@@ -306,7 +316,11 @@ def _phases(this: Run):
 def _note_failure(this: Run, error: BaseException) -> None:
     from kd.loop import DivergedError, GaveUpError
 
-    kinds = {DivergedError: "diverged", GaveUpError: "stopped", (Interrupted, KeyboardInterrupt, SystemExit): "interrupted"}
+    kinds = {
+        DivergedError: "diverged",
+        GaveUpError: "stopped",
+        (Interrupted, KeyboardInterrupt, SystemExit): "interrupted",
+    }
     status = next((s for kind, s in kinds.items() if isinstance(error, kind)), "failed")
     if status == "stopped":
         this.record["metrics"] = {n: v for n, v in this.record["best"].items() if "/" in n}

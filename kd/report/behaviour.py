@@ -67,7 +67,7 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, budget: str) -> list[Fi
     grid = np.array([np.mean([r.run.record["per_class"]["student"] for r in c.rows], axis=0) for c in cells])
     titles = [_wrap("alone" if c.alone else f"{c.first.teacher}, {c.first.method}", c.first.student) for c in cells]
     with plots.canvas(folder, name, f"Recall of each class; {budget}", height=1.0 + 0.42 * len(cells)) as (
-        figure,
+        _,
         axes,
         saved,
     ):
