@@ -253,9 +253,28 @@ def has_key() -> bool:
     """Whether W&B would find an API key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import wandb
+    import netrc
+    from urllib.parse import urlparse
 
-    return bool(wandb.api.api_key)
+    files = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]  # where `wandb login` writes
+    for file in (Path(f) for f in files if f):
+        try:
+            if file.is_file():
+                return netrc.netrc(file).authenticators(urlparse(server_address()).netloc) is not None
+        except (netrc.NetrcParseError, OSError) as error:
+            print(f"warning: {file} cannot be read ({error}); W&B is used offline", flush=True)
+    return False
+
+
+def server_address() -> str:
+    """W&B's, or the one that the environment or `wandb login --host` set."""
+    import configparser
+
+    settings = configparser.ConfigParser()
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    settings.read(folder / "settings")
+    found = settings.get("default", "base_url", fallback=None)
+    return os.environ.get("WANDB_BASE_URL") or found or "https://api.wandb.ai"
 
 
 def open_tracker(run: Any, cfg: Config) -> Tracker:

@@ -176,6 +176,33 @@ def test_which_mode(monkeypatch, wanted, environment, key, mode):
     assert tracking.choose_mode(wanted) == mode
 
 
+@pytest.mark.parametrize(
+    ("host", "content", "found"),
+    [
+        (None, "machine api.wandb.ai login user password " + KEY, True),
+        (None, "machine elsewhere login user password " + KEY, False),
+        ("https://wandb.example.org", "machine wandb.example.org login user password " + KEY, True),
+        ("https://wandb.example.org", "machine api.wandb.ai login user password " + KEY, False),
+        (None, None, False),
+        (None, "machine ((", False),
+    ],
+)
+def test_the_key_that_wandb_login_left(monkeypatch, tmp_path, host, content, found):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
+    if content:
+        (tmp_path / "keys").write_text(content)
+        (tmp_path / "keys").chmod(0o600)
+    if host:
+        (tmp_path / "settings").write_text(f"[default]\nbase_url = {host}\n")
+    assert tracking.has_key() is found
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert tracking.has_key()
+
+
 def test_no_tracker_writes_metrics_and_nothing_else(tmp_path):
     with tracking.Tracker(tmp_path) as tracker:
         tracker.log({"x": 1.0}, 1)
