@@ -80,7 +80,6 @@ class Cost:
 def cost(training: Any, teacher: nn.Module | None, dataset: Any) -> Cost:
     """Measured on one real step of a few images; the training is one step further afterwards."""
     from torch.autograd.graph import saved_tensors_hooks
-    from torch.utils.flop_counter import FlopCounterMode
 
     from kd.loop import apply_step, train_step
 
@@ -89,7 +88,7 @@ def cost(training: Any, teacher: nn.Module | None, dataset: Any) -> Cost:
     kept = Kept([training.student, training.loss])
     training.steps = max(training.steps, 1)
     training.student.train(), training.loss.train()
-    with saved_tensors_hooks(kept.pack, lambda x: x), FlopCounterMode(display=False) as counter:
+    with saved_tensors_hooks(kept.pack, lambda x: x), counter_of_steps() as counter:
         train_step(training, raw)
     flops = counter.get_total_flops()
     apply_step(training)
@@ -101,6 +100,17 @@ def cost(training: Any, teacher: nn.Module | None, dataset: Any) -> Cost:
         activations_mib=kept.total * scale / 2**20,
         states_mib=states(training, teacher) / 2**20,
     )
+
+
+def counter_of_steps() -> Any:
+    """torch's counter, with a convolution's backward at twice its forward: its own counts grouped ones as dense."""
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+    def backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+        transposed, wanted = rest[4], rest[7]  # after bias sizes, stride, padding, dilation; before the result's shape
+        return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: backward})
 
 
 class Kept:
