@@ -45,7 +45,6 @@ def look_at(cfg: Config, dataset: Any, where: str, say: Say, *, count: bool = Tr
     from kd import device, diagnose, teacher
 
     look = Look()
-    half = device.resolve_precision(cfg.recipe.precision, where) == "bf16"
     try:
         loaded, look.trained = present(cfg, dataset, say)
         teacher.check_classes(loaded.classifier, dataset, f"the teacher {cfg.teacher.name}")
@@ -55,6 +54,7 @@ def look_at(cfg: Config, dataset: Any, where: str, say: Say, *, count: bool = Tr
         look.findings.append(Finding("classes" if "classes" in str(error) else "teacher", str(error), ""))
         return look
     look.original = loaded.original
+    half = device.resolve_precision(cfg.recipe.precision, where, loaded.classifier) == "bf16"
     look.teacher = loaded.classifier = teacher.freeze(loaded.classifier, where, half)
     look_at_pair(look, cfg, dataset, loaded, where if count else None)
     if look.trained:

@@ -212,7 +212,7 @@ def _stand_in(cfg: Config, dataset: Any, where: str) -> Any:
         return None
     spec = {**asdict(cfg.teacher), "pretrained": False}
     classifier = models.build(spec, dataset.num_classes, dataset.image_size, dataset.channels, classes=dataset.classes)
-    half = device.resolve_precision(cfg.recipe.precision, where) == "bf16"
+    half = device.resolve_precision(cfg.recipe.precision, where, classifier) == "bf16"
     return teacher.Loaded(teacher.freeze(classifier, where, half), {})
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,17 +139,11 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     student, loss, source = matched.student, matched.loss, matched.source
     student, loss = student.to(where, memory_format=torch.channels_last), loss.to(where)
     view = data.View(dataclasses.asdict(cfg.augment), dataset.image_size, dataset.mirror, dataset.num_classes)
-    precision = device.resolve_precision(recipe.precision, where)
-    half = precision == "bf16"
-    ask = (
-        teachers.asker(teacher.classifier, view, cfg.augment.teacher_view, loss.teacher_features, half)
-        if teacher
-        else None
-    )
+    precision = device.resolve_precision(recipe.precision, where, student)
     per_epoch = dataset.train.steps(recipe.batch_size)
     training = Training(
         student=student,
-        ask_teacher=ask,
+        ask_teacher=None,
         loss=loss,
         view=view,
         optimizer=make_optimizer(recipe, [student, loss]),
@@ -157,38 +152,52 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
         steps=0,
         steps_per_epoch=per_epoch,
         device=where,
-        autocast=half,
+        autocast=precision == "bf16",
         cycle_epochs=cfg.augment.cycle_epochs,
         ema=_averaged(student, recipe.ema),
-        forward=torch.compile(student, dynamic=False) if recipe.compile == "on" else student,
+        forward=student,
     )
-    require_same_ground(this, precision, say)
+    if teacher is not None:
+        ask = partial(teachers.asker, view=view, policy=cfg.augment.teacher_view, features=loss.teacher_features)
+        training.ask_teacher = ask(teacher.classifier)
     training.steps = _steps(training, dataset, this)
+    compiling = device.resolve_compile(recipe.compile, where, training.steps * recipe.batch_size)
+    require_same_ground(this, {"precision": precision, "compile": compiling}, say)
     check_kept_epochs(training)
     this.update(
         precision=precision,
+        compile=compiling,
         steps=training.steps,
         steps_per_epoch=per_epoch,
         initialised_from=source,
         loss=loss.describe(),
         parameters=models.count_parameters(student),
     )
-    say(f"{cfg.student.name} ({this.record['parameters'] / 1e6:.2f} M parameters, {source}) on {cfg.dataset.name} at {dataset.image_size} px, "
-        f"{len(dataset.train)} training images, {training.steps} steps of {recipe.batch_size}, {precision} on {where}")  # fmt: skip
+    size = f"{this.record['parameters'] / 1e6:.2f} M parameters"
+    data = f"{cfg.dataset.name} at {dataset.image_size} px, {len(dataset.train)} training images"
+    how = f"{precision} on {where}{', compiled' * compiling}"
+    say(f"{cfg.student.name} ({size}, {source}) on {data}, {training.steps} steps of {recipe.batch_size}, {how}")
+    if compiling:
+        device.keep_compiled(Path(cfg.runs_dir) / ".cache" / "compiled")
+        training.forward = device.compiled(student, where)
     say(f"loss = {loss.describe()}")
     if teacher is not None:
         say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
+        if compiling:
+            training.ask_teacher = ask(device.compiled(teacher.classifier, where))
         if cache.cacheable(cfg.teacher.cache, loss):
-            layout = cache.layout_of(matched.outputs[1], min(recipe.batch_size, len(dataset.train)), half)
             training.ask_teacher = cache.open_cache(
                 cfg,
                 dataset,
                 teacher.classifier,
-                ask,
-                layout=layout,
+                training.ask_teacher,
+                layout=cache.layout_of(
+                    matched.outputs[1], min(recipe.batch_size, len(dataset.train)), teachers.is_half(teacher.classifier)
+                ),
                 features=loss.teacher_features,
                 steps=training.steps,
                 device=where,
+                compiled=compiling,
                 say=say,
             )
     return training
@@ -202,19 +211,24 @@ def _averaged(student: Any, decay: float | None) -> Any:
     return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def require_same_ground(this: Run, precision: str, say: Callable[[str], None]) -> None:
-    """A resume is exact on the same device and threads; under others it says so, and under another precision it stops."""
+def require_same_ground(this: Run, resolved: dict[str, Any], say: Callable[[str], None]) -> None:
+    """A resume is exact on the same device and threads; under others it says so.
+
+    Where an `auto` that changes numbers (`resolved`: precision, compile) would mean something else now, it stops.
+    """
     from kd import runs
 
     before, now = this.record.get("started_on"), runs.environment(this.record["environment"]["device"])
     if before is None:
         this.update(started_on={k: now[k] for k in ("device_name", "threads", "torch")}, exact=True)
         return
-    if this.record.get("precision", precision) != precision:
-        raise UserError(
-            f"{this.folder} was begun in {this.record['precision']}, here recipe.precision=auto means {precision}. "
-            "Go on where it was begun, or type fresh=true to begin again"
-        )
+    for name, value in resolved.items():
+        was = this.record.get(name, value)
+        if was != value:
+            raise UserError(
+                f"{this.folder} was begun with recipe.{name} at {was}, here recipe.{name}=auto means {value}. "
+                "Go on where it was begun, or type fresh=true to begin again"
+            )
     changed = [k for k in before if before[k] != now[k]]
     if changed:
         say(

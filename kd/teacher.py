@@ -208,12 +208,13 @@ def freeze(classifier: nn.Module, device: str, half: bool) -> nn.Module:
 
 
 def asker(
-    classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str], half: bool = False
+    classifier: nn.Module, view: Callable[..., Batch], policy: str, features: list[str]
 ) -> Callable[[Batch, Batch], Output]:
     """(view, raw batch) -> the teacher's output on the view that `augment.teacher_view` says, without gradients.
 
     Its precision is its own, not the student's. What a cache can keep comes in that precision, kept or not.
     """
+    half = is_half(classifier)
 
     def ask(batch: Batch, raw: Batch) -> Output:
         images = (
@@ -228,6 +229,12 @@ def asker(
         return usable(output, torch.bfloat16 if half else torch.float32)
 
     return ask
+
+
+def is_half(classifier: nn.Module) -> bool:
+    """Whether `freeze` cast it."""
+    weights = classifier.parameters() if isinstance(classifier, nn.Module) else ()
+    return any(w.dtype == torch.bfloat16 for w in weights)
 
 
 def usable(output: Output, dtype: torch.dtype) -> Output:
