@@ -16,10 +16,14 @@ BATCH = 64
 
 
 @torch.inference_mode()
-def measure(classifier: torch.nn.Module, image_size: int, channels: int, device: str, seconds: float = SECONDS) -> dict[str, float]:
+def measure(
+    classifier: torch.nn.Module, image_size: int, channels: int, device: str, seconds: float = SECONDS
+) -> dict[str, float]:
     """Median latency of one image and throughput of a batch, float32, eager, preprocessing counted in."""
     classifier = classifier.to(device).float().eval()
-    one, many = (torch.randint(256, (n, channels, image_size, image_size), dtype=torch.uint8, device=device) for n in (1, BATCH))
+    one, many = (
+        torch.randint(256, (n, channels, image_size, image_size), dtype=torch.uint8, device=device) for n in (1, BATCH)
+    )
     return {
         "latency_ms": 1000 * _median_seconds(classifier, one, seconds),
         "images_per_s": BATCH / _median_seconds(classifier, many, seconds),
@@ -29,15 +33,15 @@ def measure(classifier: torch.nn.Module, image_size: int, channels: int, device:
 
 
 def _median_seconds(classifier: torch.nn.Module, images: torch.Tensor, seconds: float) -> float:
-    """Median time of a call; the first two warm up."""
+    """Median time of a call; the first, or the first two where there is time, warm up."""
     times, end = [], time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         started = time.perf_counter()
         classifier(images)
         if images.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
+    return statistics.median(times[2:] if len(times) > 4 else times[1:])
 
 
 def size_mib(weights: Path) -> float:
@@ -45,10 +49,21 @@ def size_mib(weights: Path) -> float:
     return weights.stat().st_size / 2**20
 
 
-def summary(classifier: torch.nn.Module, weights: Path, dataset: Any, device: str, timed: bool = True) -> dict[str, float]:
+def summary(
+    classifier: torch.nn.Module, weights: Path, dataset: Any, device: str, timed: bool = True
+) -> dict[str, float]:
     """The efficiency figures of a run's record; without `timed` only those that need no clock."""
     if not timed:
-        counted = {"parameters": models.count_parameters(classifier), "macs": models.count_macs(classifier, dataset.image_size)}
+        counted = {
+            "parameters": models.count_parameters(classifier),
+            "macs": models.count_macs(classifier, dataset.image_size),
+        }
         return {**counted, "size_mib": size_mib(weights)}
     figures = measure(classifier, dataset.image_size, dataset.channels, device)
-    return {**figures, "size_mib": size_mib(weights), "precision": "fp32", "batch_size": BATCH, "threads": torch.get_num_threads()}
+    return {
+        **figures,
+        "size_mib": size_mib(weights),
+        "precision": "fp32",
+        "batch_size": BATCH,
+        "threads": torch.get_num_threads(),
+    }

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2", "executorch": ".pte"}
 EXTRA = {"onnx": "onnx", "executorch": "executorch"}
+INT8_EXTRA = {**EXTRA, "torch_export": "int8"}
 
 
 def main() -> None:
@@ -54,9 +57,10 @@ def export(cfg: ExportConfig, say: Callable[[str], None] = print) -> Path:
     try:
         file = part / target.name
         facts = describe(run, classifier, dataset, cfg)
-        backend(cfg.format).write(
-            classifier, file, facts, calibration(dataset, cfg) if cfg.quantize == "int8" else None
-        )
+        images = calibration(dataset, cfg) if cfg.quantize == "int8" else None
+        write = backend(cfg.format).write
+        with packages(f"format={cfg.format} quantize={cfg.quantize}", INT8_EXTRA.get(cfg.format, cfg.format)):
+            write(classifier, file, facts, images)
         found = parity.compare(classifier, opened(file), getattr(dataset, cfg.split) or dataset.val)
         say(
             f"{cfg.format} {cfg.quantize or 'float32'}, {file.stat().st_size / 2**20:.2f} MiB: {parity.in_words(found)}"
@@ -76,14 +80,17 @@ def backend(name: str) -> ModuleType:
     """The module of a format, with `write(classifier, file, facts, calibration)` and `read(file)`."""
     from kd.export.quiet import quiet
 
+    with packages(f"format={name}", EXTRA.get(name, name)), quiet():
+        return importlib.import_module(f"kd.export.{name}")
+
+
+@contextmanager
+def packages(what: str, extra: str) -> Iterator[None]:
+    """Packages that are missing become a UserError with the extra that brings them."""
     try:
-        with quiet():
-            return importlib.import_module(f"kd.export.{name}")
+        yield
     except ImportError as error:
-        extra = EXTRA.get(name, name)
-        raise UserError(
-            f"format={name} needs packages that are missing ({error}). Type: pip install 'kd[{extra}]'"
-        ) from error
+        raise UserError(f"{what} needs packages that are missing ({error}). Type: pip install 'kd[{extra}]'") from error
 
 
 def opened(file: Path) -> Callable[[Tensor], Tensor]:
