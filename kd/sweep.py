@@ -117,6 +117,7 @@ def run(
                 note(cell, job)
             manifest.write(cells)
     finally:
+        look_again(cells)
         manifest.write(cells)
     sum_up(name, cells, manifest)
     return cells
@@ -192,6 +193,14 @@ def launch(pending: Sequence[Any], launcher: Any, context: Any, composer: Compos
         returns = launcher.launch([list(c.overrides) for c in batch], initial_job_idx=started)
         started += len(batch)
         yield list(zip(batch, returns, strict=True))
+
+
+def look_again(cells: Sequence[Any]) -> None:
+    """A cell that could not be run because another process was at it may be done by now."""
+    for cell in cells:
+        cell.refresh()
+        if cell.problem and cell.run is not None and cell.run.done:
+            cell.problem = None
 
 
 def note(cell: Any, job: Any) -> None:

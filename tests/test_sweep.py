@@ -163,6 +163,14 @@ def test_order_baselines_first_then_every_teacher_once():
     assert [c.label for c in plan.ordered(cells)] == ["n", "a0", "b0", "a1"]
 
 
+def test_a_cell_that_another_process_finished_is_done(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "done"}')
+    cell = plan.Cell((), run=runs.Run(tmp_path), problem="is being worked on by process 1")
+    lost = plan.Cell((), run=runs.Run(tmp_path / "nowhere"), problem="is being worked on by process 1")
+    sweep.look_again([cell, lost])
+    assert (cell.state, cell.problem, lost.state) == ("done", None, "failed")
+
+
 def outcome(folder: Path) -> dict[str, object]:
     """What may not depend on kills: final weights and metrics of every run."""
     return {
