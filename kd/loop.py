@@ -183,6 +183,15 @@ class Meter:
         return read
 
 
+def advance(training: Training, raw: Batch, meter: Meter, tracker: Any, console: Any) -> None:
+    """One step: train, and once an interval read the metrics of the steps since the last reading."""
+    values = train_step(training, raw)
+    meter.add(training.progress.step, apply_step(training), training.names, values)
+    training.progress.step += 1
+    if len(meter.rows) >= INTERVAL:
+        _flush(training, meter, tracker, console)
+
+
 def fit(
     training: Training,
     validate: Callable[[nn.Module], dict[str, float]] | None,
@@ -204,11 +213,7 @@ def fit(
         t.student.train()
         t.loss.train()
         for raw in split.epoch(epoch, t.recipe.batch_size, t.seed, offset, t.device, t.cycle_epochs):
-            values = train_step(t, raw)
-            meter.add(t.progress.step, apply_step(t), t.names, values)
-            t.progress.step += 1
-            if len(meter.rows) >= INTERVAL:
-                _flush(t, meter, tracker, console)
+            advance(t, raw, meter, tracker, console)
             if (stop.signum or saved.seconds() > CHECKPOINT_SECONDS) and t.whole(t.progress.step):
                 _flush(t, meter, tracker, console)
                 saved.write(checkpoints, t, tracker)
