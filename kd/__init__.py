@@ -1,7 +1,7 @@
 """kd: knowledge distillation for image classification.
 
-    from kd import compose, run
-    result = run(compose("teacher=vit_b", "student=resnet18"))
+from kd import compose, run
+result = run(compose("teacher=vit_b", "student=resnet18"))
 """
 
 __version__ = "0.1.0"

@@ -323,7 +323,9 @@ def cacheable(mode: str, loss: Any) -> bool:
             "features are small enough to keep. Type teacher.cache=auto, or choose terms on logits, such as loss=kd"
         )
     if loss.views > 1 and mode == "on":
-        raise ConfigError("teacher.cache=on: the loss shows the teacher two views of an image, the cache has one. Type teacher.cache=auto")
+        raise ConfigError(
+            "teacher.cache=on: the loss shows the teacher two views of an image, the cache has one. Type teacher.cache=auto"
+        )
     return mode != "off" and not large and loss.views == 1
 
 
@@ -358,7 +360,7 @@ def timed(ask: Callable[[Batch, Batch], Output], cfg: Any, dataset: Any, device:
     return time.perf_counter() - started
 
 
-def announce(folder: Path, places: int, there: int, layout: Layout, writer: bool, seconds: float) -> str:  # noqa: PLR0917
+def announce(folder: Path, places: int, there: int, layout: Layout, writer: bool, seconds: float) -> str:
     """What the cache will take and save, in a line."""
     what, left = " and ".join(layout.widths), places - there
     parts = [f"teacher cache {folder}: {in_words(places * layout.size)} ({what} of {places} batches)"]

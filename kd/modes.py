@@ -37,7 +37,7 @@ def pairs(modes: list[str], precisions: list[str], device: str) -> list[tuple[st
     return found
 
 
-def ready(  # noqa: PLR0917
+def ready(
     classifier: nn.Module, mode: str, precision: str, device: str, file: Path, channels: int, calibration: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """uint8 images (B, C, h, w) -> logits (B, K) in that mode; an exported mode writes `file` with its ending."""
@@ -55,7 +55,7 @@ def ready(  # noqa: PLR0917
     return ask
 
 
-def exported(  # noqa: PLR0917
+def exported(
     classifier: nn.Module, mode: str, precision: str, file: Path, channels: int, calibration: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """The same through a file of its own."""

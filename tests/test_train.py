@@ -220,7 +220,14 @@ def test_a_folder_of_ones_own_images(tiny, tmp_path):
 
 
 def test_a_grafted_head_is_trained_saved_and_resumed(tiny, tmp_path, monkeypatch):
-    settings = [*tiny, "teacher=resnet8", "teacher.recipe.steps=20", "loss=[simkd]", "teacher.min_top1=0", "baseline=off"]
+    settings = [
+        *tiny,
+        "teacher=resnet8",
+        "teacher.recipe.steps=20",
+        "loss=[simkd]",
+        "teacher.min_top1=0",
+        "baseline=off",
+    ]
     whole = run(compose(*settings, "recipe.epochs=4", f"runs_dir={tmp_path / 'whole'}"))
     from kd import models
 

@@ -41,7 +41,7 @@ class Split:
         """Every image once in fixed order, uint8, the short last batch included: for evaluation."""
         return self._run(list(torch.arange(len(self)).split(batch_size)), torch.device(device))
 
-    def epoch(  # noqa: PLR0917
+    def epoch(
         self,
         epoch: int,
         batch_size: int,

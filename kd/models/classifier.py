@@ -20,8 +20,8 @@ GRAFT = "graft."  # before the names of a grafted head's tensors
 class Classifier(nn.Module):
     """(uint8, or float in [0, 1], (B, C, h, w)) -> Output, features on request.
 
-    `network` holds the parameters, and `grafted` where a head was taken from another network (SimKD). `spec` is what was asked for, `built` what it came to (arguments, stem, sizes),
-    `origin` where the weights are from.
+    `network` holds the parameters, and `grafted` where a head was taken from another network (SimKD). `spec` is what was
+    asked for, `built` what it came to (arguments, stem, sizes), `origin` where the weights are from.
     """
 
     def __init__(
