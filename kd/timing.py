@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 BLOCK_SECONDS = 0.02  # of one turn, where a single call is shorter
+WARM_UP = 3  # calls
 LEAST_ROUNDS = 10
 PATIENCE = 5  # times `seconds`, before an interval that stays wide is accepted
 RESAMPLES = 1000
@@ -19,7 +20,6 @@ class Times:
     """Seconds of every call, by round."""
 
     rounds: list[list[float]] = field(default_factory=list)
-    block: int = 1  # calls in a turn
     total: float = 0.0
 
     def medians(self) -> np.ndarray:
@@ -58,43 +58,40 @@ def take_turns(
     seconds: float,
     interval: float,
     wait: Callable[[], object] = lambda: None,
+    loose: Container[str] = (),
 ) -> dict[str, Times]:
     """Time each call in turns, for at least `seconds` each, until every interval is narrow or patience ends.
 
-    `wait` returns when the device has done what was asked of it.
+    `wait` returns when the device has done what was asked of it; nobody waits for the intervals of those in `loose`.
     """
-    found = {name: Times(block=_warm_up(call, wait)) for name, call in calls.items()}
-    names = list(calls)
+    for call in calls.values():
+        for _ in range(WARM_UP):
+            call()
+            wait()
+    found, names, next_look = {name: Times() for name in calls}, list(calls), LEAST_ROUNDS
     while True:
         for name in names:
             _turn(calls[name], wait, found[name])
         names = names[1:] + names[:1]  # nobody always follows the same neighbour
-        least = min(t.total for t in found.values())
-        if len(found[names[0]].rounds) < LEAST_ROUNDS or least < seconds:
+        rounds, least = len(found[names[0]].rounds), min(t.total for t in found.values())
+        if rounds < next_look or least < seconds:
             continue
-        if least >= PATIENCE * seconds or all(t.narrow(interval) for t in found.values()):
+        if least >= PATIENCE * seconds or all(t.narrow(interval) for n, t in found.items() if n not in loose):
             return found
-
-
-def _warm_up(call: Callable[[], object], wait: Callable[[], object]) -> int:
-    """Call it a few times; gives how many calls fill a turn."""
-    last = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        call()
-        wait()
-        last = time.perf_counter() - started
-    return max(1, min(1000, int(BLOCK_SECONDS / max(last, 1e-7))))
+        next_look = int(1.2 * rounds) + 1  # looking costs a bootstrap
 
 
 def _turn(call: Callable[[], object], wait: Callable[[], object], times: Times) -> None:
-    found = []
+    """Calls, each timed by itself, until the turn is full."""
+    found: list[float] = []
     call()  # the turn before has left the caches to another
     wait()
-    for _ in range(times.block):
+    spent = 0.0
+    while spent < BLOCK_SECONDS:
         started = time.perf_counter()
         call()
         wait()
         found.append(time.perf_counter() - started)
+        spent += found[-1]
     times.rounds.append(found)
-    times.total += sum(found)
+    times.total += spent
