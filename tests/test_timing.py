@@ -33,6 +33,7 @@ def test_ratio_is_paired_by_round():
     assert ratio(slow, fast) == pytest.approx((3, 3, 3))
 
 
+@pytest.mark.timing
 def test_a_call_that_takes_longer_is_found_to():
     calls = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.006)}
     found = take_turns(calls, seconds=0.05, interval=0.2)
@@ -42,6 +43,7 @@ def test_a_call_that_takes_longer_is_found_to():
     assert len(found["short"].calls()) > 2 * len(found["long"].calls())
 
 
+@pytest.mark.timing
 def test_agrees_with_torchs_own_timer():
     import torch
     from torch.utils.benchmark import Timer
