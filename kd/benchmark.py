@@ -12,6 +12,7 @@ Everything is measured in turns in one process. Preprocessing is counted in, and
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from kd.config import BenchmarkConfig
     from kd.timing import Times
+
+
+BUSY = 0.7  # load a core
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[
     device.set_up(where, cfg.threads)
     chosen = modes.pairs(cfg.modes, cfg.precisions, where)
     check(cfg)
+    load = busy(say)
     with tempfile.TemporaryDirectory(prefix="kd-benchmark-") as scratch:
         items, dataset = collect(cfg, Path(scratch))
         calibration = None
@@ -79,10 +84,22 @@ def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[
             make_cell(item, *pair, where, Path(scratch), dataset, calibration) for item in items for pair in chosen
         ]
         timed = measure(cells, dataset, cfg, where, say)
-        figures = summarise(cells, timed, items, cfg, where)
+        figures = {**summarise(cells, timed, items, cfg, where), "load": load}
     keep(figures, items, cfg, say)
     show(figures, say)
     return figures
+
+
+def busy(say: Callable[[str], None]) -> float | None:
+    """The machine's load before measuring, a core; said where others are at work."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if load > BUSY:
+        say(
+            f"warning: the machine is busy (load {load:.1f} a core). Long calls are interrupted more than short ones: ratios come out too large"
+        )
+    return round(load, 2)
 
 
 def check(cfg: BenchmarkConfig) -> None:
