@@ -46,7 +46,8 @@ class Pair:
 
     def __init__(self, name: str, batch_size: int, place: Path, device: str = "cpu"):
         """`name` is TEACHER->STUDENT, in the words of the configuration."""
-        self.teacher, self.student = name.split("->")
+        self.teacher, student = name.split("->")
+        self.student, *self.arguments = student.split(":")
         self.batch_size, self.place, self.device = batch_size, place, device
         self.pixels, self.labels, self.source = images(batch_size * STEPS)
         self.data = self._dataset()
@@ -72,6 +73,7 @@ class Pair:
         settings = ["dataset=cifar10", "dataset.image_size=32", "augment=crop_flip", "recipe=cifar", "tracker=none"]
         settings += [f"teacher={self.teacher}", f"student={self.student}", f"recipe.batch_size={self.batch_size}"]
         settings += [f"recipe.compile={'on' if compiling else 'off'}", f"runs_dir={self.place}", "recipe.steps=100000"]
+        settings += [f"student.args.{argument}" for argument in self.arguments]
         if self.teacher != "none":
             settings += ["teacher.pretrained=false", f"teacher.cache={cache}", "augment.cycle_epochs=1"]
         cfg = compose(*settings, "student.pretrained=false")
