@@ -32,7 +32,7 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
         return print(help_text(about, _config_dirs(sys.argv[1:])))
     import hydra
 
-    sys.argv[1:] = [rewrite(a) for a in sys.argv[1:]]
+    sys.argv[1:] = options_first([rewrite(a) for a in sys.argv[1:]])
     register(_config_dirs(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
     _terminable()
@@ -43,6 +43,17 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
         sys.exit(report(error))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
+
+
+def options_first(arguments: list[str]) -> list[str]:
+    """The options that take a value before everything else: Hydra's parser loses overrides on both sides of one."""
+    first, rest = [], list(arguments)
+    for name in ("--config-dir", "-cd", "--package", "-p", "--cfg", "-c"):
+        while name in rest[:-1]:
+            at = rest.index(name)
+            first += rest[at : at + 2]
+            del rest[at : at + 2]
+    return [*first, *rest]
 
 
 def help_text(about: str, config_dirs: list[Path]) -> str:

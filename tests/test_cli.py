@@ -60,3 +60,14 @@ def test_help_answers_without_torch():
 def test_composing_needs_no_torch_either():
     code = "import sys; from kd import compose; compose('student=resnet8'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_the_folder_of_ones_own_settings_may_stand_anywhere(command, tmp_path, at):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 17\n")
+    arguments = ["+experiment=mine", "student=resnet8"]
+    arguments[at:at] = ["--config-dir", str(tmp_path)]
+    code, out, err = command("train", *arguments, "--cfg", "job")
+    assert code == 0, err
+    assert "seed: 17" in out
