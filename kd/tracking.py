@@ -228,9 +228,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _as_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    from torch import Tensor
-
     import wandb
+    from torch import Tensor
 
     def shown(value: Any) -> Any:
         if not isinstance(value, Tensor):

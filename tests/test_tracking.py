@@ -400,6 +400,7 @@ def test_an_artifact_serves_as_teacher(made, hub, tmp_path):
 
 def test_a_reference_that_fails_is_told(monkeypatch):
     import wandb
+
     from kd import saved
 
     class Api:
