@@ -5,6 +5,7 @@
     python -m kd.benchmark teacher=vit_b student=resnet18    networks, without training them
     python -m kd.benchmark run=RUN_DIR modes=[eager,compiled,onnx] precisions=[fp32,bf16,int8] threads=1
     python -m kd.benchmark run=RUN_DIR batch_sizes=[1,32] seconds=5 out=FILE.json
+    python -m kd.benchmark step=true teacher=resnet56 student=resnet20     where a training step's time goes
 
 Everything is measured in turns in one process. Preprocessing is counted in, and shown apart.
 """
@@ -66,6 +67,10 @@ class Cell:
 
 def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure what `cfg` names; the figures, which also go to the runs' records, to `out` and onto the screen."""
+    if cfg.step:
+        from kd import steptime
+
+        return steptime.report(cfg, say)
     from kd import device, modes
 
     where = device.pick_device(cfg.device)

@@ -211,6 +211,7 @@ class ExportConfig(EvaluateConfig):
 class BenchmarkConfig(EvaluateConfig):
     """One or more runs, or a teacher and a student, to be measured side by side."""
 
+    step: bool = False  # where a training step's time goes, instead
     run: Any = None  # one, or [several]
     modes: list[str] = field(default_factory=lambda: ["eager"])  # eager | compiled | onnx | torch_export | executorch
     precisions: list[str] = field(default_factory=lambda: ["fp32"])  # fp32 | bf16 | int8
