@@ -36,6 +36,7 @@ PAIRS = (
 DEFAULTS = {
     "pairs": ",".join(PAIRS), "seconds": "60", "compile": "false", "memory": "false", "out": "", "threads": "",
     "device": "auto", "only": "", "rounds": "5", "clock": "wall",
+    "workers": "2",
 }  # fmt: skip
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RATIOS = (("ours", "textbook"), ("cached", "textbook"), ("ours", "bare"))
@@ -69,9 +70,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def loops_of(pair: Pair, compiling: bool) -> dict[str, Iterator[Any]]:
+def loops_of(pair: Pair, compiling: bool, workers: int) -> dict[str, Iterator[Any]]:
     """The loops to compare, by name."""
-    loops = {"textbook": pair.textbook(), "ours": pair.ours(), "bare": pair.bare()}
+    loops = {"textbook": pair.textbook(workers), "ours": pair.ours(), "bare": pair.bare()}
     if pair.teacher != "none":
         loops["cached"] = pair.ours(cached=True)
     if compiling:
@@ -86,7 +87,7 @@ def measure(name: str, options: dict[str, str], device: str) -> dict[str, Any]:
     batch_size = 128 if name.startswith("none->") else 64
     with tempfile.TemporaryDirectory() as place:
         pair = Pair(name, batch_size, Path(place), device)
-        loops = loops_of(pair, options["compile"] == "true")
+        loops = loops_of(pair, options["compile"] == "true", int(options["workers"]))
         for key, steps in loops.items():  # warm up; a cached loop writes its epoch
             for _ in range(26 if key.startswith("cached") else 3):
                 next(steps)
