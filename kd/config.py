@@ -226,9 +226,9 @@ class BenchmarkConfig(EvaluateConfig):
 
 @dataclass
 class CellSweeper:
-    """hydra/sweeper=cells: every cell, a set of overrides, times every combination of the parameters. See kd/sweep.py."""
+    """hydra/sweeper=cells: every cell, a set of overrides, times every combination of the parameters. See kd/sweep/."""
 
-    _target_: str = "hydra_plugins.kd_sweeper.CellSweeper"
+    _target_: str = "hydra_plugins.kd.CellSweeper"
     params: dict[str, Any] = field(default_factory=dict)
     cells: list[dict[str, Any]] = field(default_factory=list)
 

@@ -54,7 +54,8 @@ def _figures(run: Run) -> dict[str, Any]:
 
 def _time(run: Run) -> None:
     """Time the run's best weights, for an objective that asks for it."""
-    from kd import models, speed
+    from kd import models
+    from kd.benchmark import speed
 
     folder, data = run.folder / "checkpoints" / "best", run.record["dataset"]
     classifier = models.load(folder)
@@ -283,7 +284,8 @@ class Search:
         """What the plugin calls to run trials: they are noted before and after."""
         from hydra.core.utils import JobStatus
 
-        from kd import cli, plan, sweep
+        from kd import cli, sweep
+        from kd.sweep import plan
 
         composer = sweep.Composer(self.sweeper.hydra_context.config_loader, self.config)
         rows = []

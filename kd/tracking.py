@@ -68,6 +68,9 @@ class Tracker:
     def image(self, name: str, path: Path) -> None:
         """A picture."""
 
+    def page(self, name: str, path: Path) -> None:
+        """A page of HTML."""
+
     def close(self, exit_code: int = 0) -> None:
         """Write what is left and finish."""
         self.flush()
@@ -182,6 +185,12 @@ class WandbTracker(Tracker):
         import wandb
 
         self._safely(lambda: self.run.log({name: wandb.Image(str(path))}))
+
+    def page(self, name: str, path: Path) -> None:
+        """A page of HTML."""
+        import wandb
+
+        self._safely(lambda: self.run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)}))
 
     def close(self, exit_code: int = 0) -> None:
         """Send or write what is left, and say where it went."""

@@ -115,7 +115,8 @@ def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str,
 
 def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callable[[str], None]) -> Any:
     """The frozen teacher, checked and scored through the path it teaches by."""
-    from kd import check, device, diagnose, finding, teacher
+    from kd import check, device, teacher
+    from kd.check import diagnose, finding
 
     check.before_teacher(cfg, dataset)
     loaded = teacher.obtain(cfg, dataset, _run, say)
@@ -169,7 +170,8 @@ def _train(cfg: Config, training: Training, dataset: Any, this: Run, tracker: An
 
 def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None:
     """One pass over the test set for `best` and one for `last`, float32; what the student costs."""
-    from kd import card, metrics, models, speed
+    from kd import card, metrics, models
+    from kd.benchmark import speed
     from kd.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(this.folder / "checkpoints")

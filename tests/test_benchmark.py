@@ -9,7 +9,8 @@ import pytest
 import small_runs
 import torch
 
-from kd import benchmark, compose, memory, models, modes, runs
+from kd import benchmark, compose, models, runs
+from kd.benchmark import memory, modes
 from kd.hints import ConfigError
 
 QUICK = ["seconds=0.01", "interval=10", "batch_sizes=[1,4]", "threads=1", "memory=false"]
@@ -137,7 +138,8 @@ def test_peak_memory_grows_with_the_batch_and_the_model(tmp_path):
 def test_speed_summary_is_short_and_complete(made):
     import time
 
-    from kd import evaluate, speed
+    from kd import evaluate
+    from kd.benchmark import speed
     from kd.config import EvaluateConfig
 
     folder = made["alone"].folder / "checkpoints" / "best"

@@ -11,7 +11,8 @@ import bad_teachers
 import pytest
 import torch
 
-from kd import causes, check, cka, compose, data, diagnose, losses, models, runs, suspects
+from kd import check, compose, data, losses, models, runs
+from kd.check import causes, cka, diagnose, suspects
 from kd.models.preprocess import Preprocess
 
 

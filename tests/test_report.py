@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+import wandb_file
 
 from kd.report import behaviour, cross, efficiency, gaps, names, page, quality, results, trials
 from kd.report.__main__ import Settings, parse, report
@@ -285,6 +286,21 @@ def test_the_report_is_written_and_stands_alone(folder, capsys):
     assert len(rows) == 21
     assert float(rows[0]["test/top1"]) > 0.5
     assert "All results" in capsys.readouterr().out
+
+
+def test_the_report_goes_to_wandb_with_its_plots_and_tables(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder.ladder([0.01] * 5, [0.91, 0.93, 0.95, 0.97, 0.99])
+    html = report(Settings(runs_dir=str(folder.path), speed="off", wandb="us/study"))
+    assert "wandb sync" in capsys.readouterr().out
+    logged = wandb_file.read(*html.parent.glob("wandb/offline-run-*/*.wandb"))
+    assert (logged.run.entity, logged.run.project) == ("us", "study")
+    kinds = {name: value["_type"] for row in logged.history for name, value in row.items() if isinstance(value, dict)}
+    plots = {f"report/{p.stem}": "image-file" for p in (html.parent / "plots").glob("*.png")}
+    assert plots
+    assert kinds == {**plots, "report/results": "table-file", "report/page": "html-file"}
+    (sent,) = html.parent.glob("wandb/offline-run-*/files/media/html/report/*.html")
+    assert sent.read_bytes() == html.read_bytes()
 
 
 def test_the_same_records_give_the_same_files(folder, tmp_path, capsys):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from kills import kill_amid
 
 from kd import compose, runs, search
 from kd.config import Config
@@ -199,17 +197,14 @@ def test_objective_must_be_finite(tmp_path):
 
 @pytest.mark.slow
 def test_killed_three_times_it_comes_to_its_total(small, tmp_path):
-    call = [sys.executable, "-m", "kd.train", *small(), "recipe.epochs=6", "hydra.sweeper.n_trials=8"]
-    for _ in range(3):
-        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(14)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    call = [sys.executable, "-m", "kd.train", *small(), "recipe.epochs=4", "hydra.sweeper.n_trials=12"]
+    for seconds in (0.1, 1.0, 2.0):
+        kill_amid(call, tmp_path / "runs", seconds)
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     trials = study(tmp_path).trials
     finished = [t for t in trials if t.state.name == "COMPLETE"]
-    assert len(finished) == 8
+    assert len(finished) == 12
     assert not [t for t in trials if t.state.name == "RUNNING"]
     points = [t.params["recipe.lr"] for t in trials if t.params]
     assert len(set(points)) == len(points)

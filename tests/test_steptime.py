@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from kd import compose, steptime
+from kd import compose
+from kd.benchmark import steptime
 from kd.config import Recipe
 
 

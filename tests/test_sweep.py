@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from kills import kill_amid
 
-from kd import files, plan, runs, sweep
+from kd import files, runs, sweep
+from kd.sweep import plan
 
 SHORT = ["recipe.steps=4", "baseline=off"]
 
@@ -184,19 +183,16 @@ def outcome(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_if_never_killed(tiny, tmp_path):
+def test_killed_at_five_random_moments_it_ends_as_if_never_killed(tiny, tmp_path):
     shared = [a for a in tiny if not a.startswith("runs_dir=")]
-    arguments = ["-m", *shared, "recipe.steps=40", "teacher.recipe.steps=40", "teacher.min_top1=0", "baseline=off"]
+    arguments = ["-m", *shared, "recipe.steps=80", "teacher.recipe.steps=80", "teacher.min_top1=0", "baseline=off"]
     arguments += ["teacher=none,resnet8", "teacher.args.width=2", "seed=0,1", "sweep_name=s"]
     arguments[arguments.index("teacher.args.width=2")] = "+teacher.args.width=2"
     call = [sys.executable, "-m", "kd.train", *arguments]
     subprocess.run([*call, f"runs_dir={tmp_path / 'whole'}"], check=True, capture_output=True)
     killed, generator = [*call, f"runs_dir={tmp_path / 'killed'}"], random.Random(0)
-    for _ in range(3):
-        process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(generator.uniform(8, 16))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    for _ in range(5):
+        kill_amid(killed, tmp_path / "killed", generator.uniform(0, 1))
     subprocess.run(killed, check=True, capture_output=True)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from kd import timing
-from kd.timing import Times, ratio, take_turns, with_interval
+from kd.benchmark import timing
+from kd.benchmark.timing import Times, ratio, take_turns, with_interval
 
 
 def test_interval_holds_the_median_and_narrows_with_more_values():

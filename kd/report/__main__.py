@@ -3,6 +3,7 @@
 python -m kd.report                          everything below runs/, written to runs/report/
 python -m kd.report sweep=NAME               the runs of one sweep or search, with their teachers
 python -m kd.report runs_dir=DIR out=DIR     another place to read, another to write
+python -m kd.report wandb=[ENTITY/]PROJECT   also to W&B: plots, results, the page (offline without a key)
 python -m kd.report speed=off                no stopwatch: accuracy only (speed=on times each network for 2 s, once)
 """
 
@@ -22,6 +23,7 @@ class Settings:
     runs_dir: str = "runs"
     sweep: str | None = None
     out: str | None = None  # null: runs_dir/report
+    wandb: str | None = None  # a W&B project to send it to
     speed: str = "on"
     threads: int | None = None
 
@@ -90,6 +92,10 @@ def report(settings: Settings) -> Path:
     written = page.write(sections, gathered, folder, heading)
     page.to_console(sections)
     print("\nwritten: " + ", ".join(map(str, written)) + f" and {len(list(plots.glob('*.png')))} plots in {plots}")
+    if settings.wandb:
+        from kd.report.send import send
+
+        print(send(folder, sorted(plots.glob("*.png")), settings.wandb, settings.sweep))
     return written[-1]
 
 

@@ -61,7 +61,8 @@ def _timed(by_network: dict[str, list[runs.Run]], store: Path) -> dict[str, dict
 
 def _measure(group: Sequence[runs.Run]) -> dict[str, Any] | None:
     """Time the weights of the first run that still has them, float32 on the CPU."""
-    from kd import models, speed
+    from kd import models
+    from kd.benchmark import speed
 
     for run in group:
         folder = run.folder / "checkpoints" / "best"

@@ -13,7 +13,6 @@ alone at 128, which shows what the loop itself costs. `NAME:KEY=VALUE` gives the
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -142,16 +141,19 @@ def ratios(rounds: list[dict[str, float]], names: list[str]) -> dict[str, float]
 
 
 def peak(name: str, which: str, device: str, steps: int = 30) -> float:
-    """Highest resident memory of this process, MiB, after some steps of one loop."""
+    """Highest resident memory of this process, MiB, during some steps of one loop."""
+    from kd.benchmark import memory
+
     with tempfile.TemporaryDirectory() as place:
         pair = Pair(name, 128 if name.startswith("none->") else 64, Path(place), device)
         loop = pair.textbook() if which == "textbook" else pair.ours(cached=which == "cached")
+        memory.reset_peak()  # unpacking the photographs took more than training does
         for _ in range(steps):
             next(loop)
         loop.close()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return memory.resident("VmHWM")
 
 
 def in_own_process(name: str, which: str, options: dict[str, str]) -> float:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd import metrics
-from kd.causes import Case, cause, entropy, percent
+from kd.check.causes import Case, cause, entropy, percent
+from kd.check.finding import Finding
+from kd.check.suspects import spread
 from kd.ensemble import Ensemble
-from kd.finding import Finding
-from kd.suspects import spread
 
 PARITY = 128  # images on which the teacher's own path and the distillation path are compared
 LOST = 0.05  # of probability in the mean over images, or of top-1: more than bfloat16 costs

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd import metrics, suspects
-from kd.finding import Finding
-from kd.suspects import some, spread
+from kd import metrics
+from kd.check import suspects
+from kd.check.finding import Finding
+from kd.check.suspects import some, spread
 
 GOOD = 0.95  # top-1 above which no preprocessing could be clearly better, and the head is the right one
 EXPLAINED = 0.7  # renamed outputs must reach this share of what a linear probe does, or it is no matter of names

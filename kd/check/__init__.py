@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd import cli
+from kd.check.finding import stop
+from kd.check.look import Look, before_teacher, look_at, short, teacher_line
 from kd.config import CheckConfig, Config
 from kd.contracts import STAGES
-from kd.finding import stop
 from kd.hints import ConfigError, UserError
-from kd.look import Look, before_teacher, look_at, short, teacher_line
 
 if TYPE_CHECKING:
     from kd.pairs import Cost
@@ -76,7 +76,7 @@ def show(look: Look, cfg: Config) -> None:
 
 def paths_line(figures: dict[str, float]) -> str:
     """The teacher by itself and as it teaches."""
-    from kd.causes import percent
+    from kd.check.causes import percent
 
     return (
         f"by itself {percent(figures['own/top1'])}, through the path it teaches by {percent(figures['path/top1'])} on "
@@ -138,7 +138,7 @@ def _count(number: float) -> str:
 
 def draw(look: Look, dataset: Any, cfg: CheckConfig) -> Path:
     """The CKA map of the student's and the teacher's stages on some images of the dataset."""
-    from kd import cka, suspects
+    from kd.check import cka, suspects
 
     if look.student is None or hasattr(look.teacher, "members"):
         raise UserError("plot=true needs one teacher, and a student that can be built: leave it out here")
@@ -168,7 +168,3 @@ def as_dict(look: Look) -> dict[str, Any]:
 
 
 __all__ = ["before_teacher", "check", "main", "short", "teacher_line"]
-
-
-if __name__ == "__main__":
-    main()

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd.check.finding import Finding, stop
 from kd.config import Config
-from kd.finding import Finding, stop
 from kd.hints import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def look_at(cfg: Config, dataset: Any, where: str, say: Say, *, count: bool = Tr
 
     With `count` one training step is made and counted. Raises ConfigError for settings at odds.
     """
-    from kd import device, diagnose, teacher
+    from kd import device, teacher
+    from kd.check import diagnose
 
     look = Look()
     try:
@@ -183,7 +184,7 @@ def look_over(cells: Iterable[Any], say: Say = print) -> None:
 
 def teacher_line(cfg: Config, figures: dict[str, float], trained: bool = True) -> str:
     """One line on a teacher's figures."""
-    from kd.causes import percent
+    from kd.check.causes import percent
 
     if not trained:
         return f"teacher {cfg.teacher.name}: not trained yet, kd.train does that first and checks it then"

@@ -1,6 +1,6 @@
 """Peak memory of inference, measured in a process of its own: resident on the CPU, allocated on CUDA.
 
-python -m kd.memory SAVED_MODEL_FOLDER --batch-sizes 1 64
+python -m kd.benchmark.memory SAVED_MODEL_FOLDER --batch-sizes 1 64
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def peak_mib(
     if device == "cpu" and not STATUS.exists():
         return {}
     sizes = [str(b) for b in sorted(batch_sizes)]
-    command = [sys.executable, "-m", "kd.memory", str(folder), "--batch-sizes", *sizes]
+    command = [sys.executable, "-m", "kd.benchmark.memory", str(folder), "--batch-sizes", *sizes]
     command += ["--device", device, "--threads", str(threads), "--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -71,8 +71,8 @@ def measure(folder: Path, batch_sizes: list[int], device: str, precision: str) -
 
 
 def main() -> None:
-    """`python -m kd.memory`, which `kd.benchmark` calls."""
-    parser = argparse.ArgumentParser(prog="python -m kd.memory", description=__doc__)
+    """`python -m kd.benchmark.memory`, which `kd.benchmark` calls."""
+    parser = argparse.ArgumentParser(prog="python -m kd.benchmark.memory", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--device", default="cpu")

@@ -26,8 +26,8 @@ from kd.hints import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kd.benchmark.timing import Times
     from kd.config import BenchmarkConfig
-    from kd.timing import Times
 
 
 BUSY = 0.7  # load a core
@@ -68,10 +68,11 @@ class Cell:
 def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure what `cfg` names; the figures, which also go to the runs' records, to `out` and onto the screen."""
     if cfg.step:
-        from kd import steptime
+        from kd.benchmark import steptime
 
         return steptime.report(cfg, say)
-    from kd import device, modes
+    from kd import device
+    from kd.benchmark import modes, table
 
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
@@ -91,7 +92,7 @@ def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[
         timed = measure(cells, dataset, cfg, where, say)
         figures = {**summarise(cells, timed, items, cfg, where), "load": load}
     keep(figures, items, cfg, say)
-    show(figures, say)
+    table.show(figures, say)
     return figures
 
 
@@ -166,7 +167,8 @@ def make_cell(
     item: Item, mode: str, precision: str, where: str, scratch: Path, dataset: Any, calibration: Tensor | None
 ) -> Cell:
     """An item in one mode and precision."""
-    from kd import models, modes, speed
+    from kd import models
+    from kd.benchmark import modes, speed
 
     classifier = models.load(item.folder)
     file = scratch / f"{abs(hash(item.label))}-{mode}-{precision}"
@@ -183,7 +185,7 @@ def measure(
     """{batch size: {cell, or cell + " preprocess": times}}; all cells take turns at each batch size."""
     import torch
 
-    from kd import timing
+    from kd.benchmark import timing
 
     wait = torch.cuda.synchronize if where.startswith("cuda") else (lambda: None)
     found = {}
@@ -239,7 +241,7 @@ def peaks(cells: list[Cell], cfg: BenchmarkConfig, where: str) -> dict[str, dict
     """{cell: peak memory of batch 1 and of the largest batch}, of eager ones."""
     import torch
 
-    from kd import memory
+    from kd.benchmark import memory
 
     if not cfg.memory:
         return {}
@@ -292,7 +294,7 @@ def against(
     cell: Cell, reference: Cell, timed: dict[int, dict[str, Times]], row: dict[str, Any], first: dict[str, Any]
 ) -> dict[str, Any]:
     """How many times less a cell takes than the reference: [ratio, low, high] where it was timed, else a number."""
-    from kd import timing
+    from kd.benchmark import timing
 
     by_size = {str(s): list(timing.ratio(t[reference.name], t[cell.name])) for s, t in timed.items()}
     largest = str(max(timed))
@@ -313,6 +315,7 @@ def against(
 def keep(figures: dict[str, Any], items: list[Item], cfg: BenchmarkConfig, say: Callable[[str], None]) -> None:
     """Into the records of the runs, with a picture beside them; and to `out`."""
     from kd import files, runs
+    from kd.benchmark.plot import draw
 
     folders = sorted({folder for item in items for folder in item.runs})
     for folder in folders:
@@ -327,133 +330,3 @@ def keep(figures: dict[str, Any], items: list[Item], cfg: BenchmarkConfig, say: 
     elif not folders:
         names = "-".join(i.label.split(" ", 1)[1] for i in items)
         say(f"picture: {draw(figures, Path(cfg.runs_dir) / 'plots' / f'benchmark-{names}.png')}")
-
-
-def show(figures: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The tables on the screen."""
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
-
-    where = figures["environment"]
-    title = f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}; preprocessing counted in"
-    table = Table(title=title)
-    head = (
-        "",
-        "mode",
-        "parameters",
-        "M MACs",
-        "MiB",
-        "latency ms p50",
-        "p95",
-        "p99",
-        "of it preprocessing",
-        "images/s",
-        "peak MiB",
-    )
-    for column in head:
-        table.add_column(column, justify="left" if column in ("", "mode") else "right")
-    for row in figures["cells"]:
-        table.add_row(*_cells(row))
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    if figures["ratios"]:
-        console.print(_ratio_table(figures))
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    latency = row["latency_ms"]
-    half = 100 * (latency["high"] - latency["low"]) / 2 / latency["median"]
-    best, rate = max(row["images_per_s"].items(), key=lambda item: item[1]["images_per_s"])
-    memory = ", ".join(f"{v:.0f} (batch {b})" for b, v in (row.get("peak_mib") or {}).items())
-    return [
-        row["model"],
-        f"{row['mode']} {row['precision']}",
-        f"{row['parameters']:,}",
-        f"{row['macs'] / 1e6:,.1f}",
-        f"{row['size_mib']:.2f}",
-        f"{latency['p50']:.3f} ±{half:.1f} %",
-        f"{latency['p95']:.3f}",
-        f"{latency['p99']:.3f}",
-        f"{row['preprocess_ms']['1']:.3f}" if "preprocess_ms" in row else "",
-        f"{rate['images_per_s']:,.0f} (batch {best})",
-        memory,
-    ]
-
-
-def _ratio_table(figures: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    size = figures["ratios"][0]["throughput_batch_size"]
-    table = Table(title=f"times less than {figures['reference']} (95 % interval)")
-    for column in ("", "latency", f"time of a batch of {size}", "memory", "parameters", "MACs", "size"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in figures["ratios"]:
-        timed = [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in (row["latency"], row["throughput"])]
-        rest = [f"{row[k]:.1f}" if k in row else "" for k in ("peak_mib", "parameters", "macs", "size_mib")]
-        table.add_row(row["name"], *timed, *rest)
-    return table
-
-
-COLOURS = ("#4d4d4d", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")  # Okabe, Ito 2008
-
-
-def draw(figures: dict[str, Any], path: Path) -> Path:
-    """Latency of one image with its tail, and images/s over the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = figures["cells"]
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(14, 2.6 + 0.35 * max(4, len(rows))), layout="constrained")
-    for at, row in enumerate(rows):
-        colour, latency = COLOURS[at % len(COLOURS)], row["latency_ms"]
-        bars.plot(latency["p50"], at, "o", color=colour, markersize=9)
-        bars.plot(
-            [latency["p95"], latency["p99"]],
-            [at, at],
-            "|-",
-            color="black",
-            markersize=9,
-            label="p95, p99" if not at else None,
-        )
-        bars.text(latency["p99"] * 1.08, at, f"{latency['p50']:.2f} ms", va="center")
-        sizes = [int(s) for s in row["images_per_s"]]
-        rates = [c["images_per_s"] for c in row["images_per_s"].values()]
-        curves.plot(sizes, rates, "o-", color=colour, label=row["name"])
-        curves.fill_between(
-            sizes, *([c[k] for c in row["images_per_s"].values()] for k in ("low", "high")), color=colour, alpha=0.2
-        )
-    _label(bars, curves, rows, figures["environment"], figure)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
-
-
-def _label(bars: Any, curves: Any, rows: list[dict[str, Any]], where: dict[str, Any], figure: Any) -> None:
-    bars.set_yticks(range(len(rows)), [r["name"].replace(", ", "\n") for r in rows])
-    bars.invert_yaxis()
-    bars.set_xscale("log")
-    tails = [r["latency_ms"]["p99"] for r in rows]
-    bars.set_xlim(0.5 * min(r["latency_ms"]["p50"] for r in rows), 3 * max(tails))
-    bars.set_xlabel("latency of one image (ms, log scale; dot: median)")
-    bars.grid(axis="x", alpha=0.3)
-    bars.legend(loc="lower right")
-    curves.set_xscale("log", base=2)
-    curves.set_yscale("log")
-    curves.set_xlabel("batch size")
-    curves.set_ylabel("images/s (band: 95 % interval)")
-    sizes = [int(s) for s in rows[0]["images_per_s"]]
-    curves.set_xticks(sizes, sizes)
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(
-        f"{where['device_name']}, {where['threads']} thread(s), torch {where['torch']}; preprocessing counted in"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-BLOCK_SECONDS = 0.02  # of one turn, where a single call is shorter
+TURN_SECONDS = (0.02, 0.25)  # least and most of one turn, where a single call is shorter: as long as the longest call's
+COLD_SECONDS = 0.1  # a call shorter than this gets its caches back before it counts
 WARM_UP = 3  # calls
 LEAST_ROUNDS = 10
 PATIENCE = 5  # times `seconds`, before an interval that stays wide is accepted
@@ -64,14 +65,15 @@ def take_turns(
 
     `wait` returns when the device has done what was asked of it; nobody waits for the intervals of those in `loose`.
     """
-    for call in calls.values():
+    usual = {}
+    for name, call in calls.items():
         for _ in range(WARM_UP):
-            call()
-            wait()
+            usual[name] = _once(call, wait)
+    turn = min(max(TURN_SECONDS[0], *usual.values()), TURN_SECONDS[1])  # or short calls wait for long ones to fill `seconds`
     found, names, next_look = {name: Times() for name in calls}, list(calls), LEAST_ROUNDS
     while True:
         for name in names:
-            _turn(calls[name], wait, found[name])
+            _turn(calls[name], wait, found[name], turn, usual[name] < COLD_SECONDS)
         names = names[1:] + names[:1]  # nobody always follows the same neighbour
         rounds, least = len(found[names[0]].rounds), min(t.total for t in found.values())
         if rounds < next_look or least < seconds:
@@ -81,17 +83,21 @@ def take_turns(
         next_look = int(1.2 * rounds) + 1  # looking costs a bootstrap
 
 
-def _turn(call: Callable[[], object], wait: Callable[[], object], times: Times) -> None:
-    """Calls, each timed by itself, until the turn is full."""
-    found: list[float] = []
-    call()  # the turn before has left the caches to another
+def _once(call: Callable[[], object], wait: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
     wait()
+    return time.perf_counter() - started
+
+
+def _turn(call: Callable[[], object], wait: Callable[[], object], times: Times, seconds: float, cold: bool) -> None:
+    """Calls, each timed by itself, until the turn is full; after a `cold` start the first does not count."""
+    found: list[float] = []
+    if cold:
+        _once(call, wait)
     spent = 0.0
-    while spent < BLOCK_SECONDS:
-        started = time.perf_counter()
-        call()
-        wait()
-        found.append(time.perf_counter() - started)
+    while spent < seconds:
+        found.append(_once(call, wait))
         spent += found[-1]
     times.rounds.append(found)
     times.total += spent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import os
 import shlex
 import sys
@@ -21,8 +22,8 @@ from kd.hints import UserError
 
 FORMAT = 1  # of runs_dir/sweeps/NAME.json
 OURS = {
-    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper": "hydra_plugins.kd_sweeper.CellSweeper",
-    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper": "hydra_plugins.kd_sweeper.TrialSweeper",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper": "hydra_plugins.kd.CellSweeper",
+    "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper": "hydra_plugins.kd.TrialSweeper",
 }
 
 
@@ -33,6 +34,9 @@ class Take(Callback):
         """Before the sweeper is made."""
         from omegaconf import flag_override
 
+        sys.modules["hydra_plugins.kd"] = importlib.import_module(
+            "kd.sweep.sweepers"
+        )  # Hydra takes them from there alone
         target = config.hydra.sweeper._target_
         if target in OURS:
             with flag_override(config.hydra, ["readonly", "struct"], [False, False]):
@@ -95,8 +99,8 @@ def run(
 
     Raises SweepError at the end where a cell failed.
     """
-    from kd import plan
-    from kd.look import look_over
+    from kd.check.look import look_over
+    from kd.sweep import plan
 
     at_once = jobs_at_once(config)
     name = config.sweep_name or "adhoc-" + hashlib.sha256(repr(sorted(arguments)).encode()).hexdigest()[:8]
@@ -207,7 +211,8 @@ def note(cell: Any, job: Any) -> None:
     """Keep what became of a cell."""
     from hydra.core.utils import JobStatus
 
-    from kd import cli, plan
+    from kd import cli
+    from kd.sweep import plan
 
     cell.refresh()
     if job.status == JobStatus.FAILED:

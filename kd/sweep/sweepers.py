@@ -1,4 +1,4 @@
-"""Hydra's door to our sweeps and searches: it takes sweepers from the package hydra_plugins alone."""
+"""Hydra's door to our sweeps and searches: its Sweeper classes, which `Take` shows it as hydra_plugins.kd."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
-
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
+from omegaconf import DictConfig
 
 
 class CellSweeper(Sweeper):

@@ -1,0 +1,5 @@
+"""`python -m kd.benchmark`."""
+
+from kd.benchmark import main
+
+main()

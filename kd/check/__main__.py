@@ -1,0 +1,5 @@
+"""`python -m kd.check`."""
+
+from kd.check import main
+
+main()
