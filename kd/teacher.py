@@ -204,6 +204,8 @@ def freeze(classifier: nn.Module, device: str, half: bool) -> nn.Module:
     classifier = models.fold_batchnorm(classifier.eval()).to(device).eval().requires_grad_(False)
     if half:
         classifier.network.to(torch.bfloat16)
+        if device == "cpu":
+            models.lean_linears(classifier.network)
     return classifier.to(memory_format=torch.channels_last)
 
 

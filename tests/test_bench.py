@@ -37,7 +37,7 @@ def noise(bench, monkeypatch):
 
 def test_every_loop_takes_steps_and_a_cached_one_stops_asking(bench, noise, tmp_path, monkeypatch):
     loops = bench("loops")
-    pair, asked = loops.Pair("resnet14->resnet8:width=4", 4, tmp_path), []
+    pair, asked = loops.Pair("resnet14/resnet8:width=4", 4, tmp_path), []
     pair.frozen.register_forward_hook(lambda *_: asked.append(1))
     cached = pair.ours(cached=True)
     for _ in range(loops.STEPS + 3):
@@ -67,9 +67,10 @@ def test_ratios_are_medians_of_the_rounds_own(bench):
 
 def test_a_table_and_json_come_out(bench, noise, tmp_path, capsys):
     run, out = bench("run"), tmp_path / "bench.json"
-    arguments = ["pairs=none->resnet8:width=4", "seconds=0", "rounds=1", "device=cpu", "threads=1", "workers=0"]
+    arguments = ["pairs=none/resnet8:width=4", "seconds=0", "rounds=1", "device=cpu", "threads=1", "workers=0"]
     assert run.main([f"out={out}", *arguments]) == 0
-    found = json.loads(out.read_text())["pairs"]["none->resnet8:width=4"]
+    found = json.loads(out.read_text())["pairs"]["none/resnet8:width=4"]
     assert set(found["ratios"]) == {"ours / textbook", "ours / bare"}
     assert "images/s" in capsys.readouterr().out
-    assert run.main(["secnds=3"]) == 2
+    assert run.main(["secnds=3"]) == run.main(["pairs=resnet56->resnet20"]) == 2
+    assert "TEACHER/STUDENT" in capsys.readouterr().err

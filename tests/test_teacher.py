@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -69,6 +70,23 @@ def test_folding_keeps_what_the_teacher_says(classifier, raw):
     plain = classifier.eval()(raw.images).logits
     folded = teacher.freeze(classifier, "cpu", half=False)(raw.images).logits
     assert torch.allclose(plain, folded, atol=1e-4)
+
+
+def test_lean_linear_layers_say_the_same_and_let_gradients_through():
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 5)).bfloat16()
+    lean = copy.deepcopy(plain)
+    if not models.lean_linears(lean):
+        pytest.skip("this processor or torch has no bfloat16 kernels of oneDNN")
+    x = torch.randn(3, 7, 24)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = lean(x), plain(x)
+    assert ours.dtype == theirs.dtype
+    assert torch.allclose(ours.float(), theirs.float(), atol=0.02)
+    assert list(lean.state_dict()) == list(plain.state_dict())
+    x = x.bfloat16().requires_grad_()
+    lean(x).sum().backward()  # as a student's graft asks of its teacher's head
+    assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("policy", "same"), [("same", True), ("clean", False), ("independent", False)])

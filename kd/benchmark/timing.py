@@ -69,7 +69,9 @@ def take_turns(
     for name, call in calls.items():
         for _ in range(WARM_UP):
             usual[name] = _once(call, wait)
-    turn = min(max(TURN_SECONDS[0], *usual.values()), TURN_SECONDS[1])  # or short calls wait for long ones to fill `seconds`
+    turn = min(
+        max(TURN_SECONDS[0], *usual.values()), TURN_SECONDS[1]
+    )  # or short calls wait for long ones to fill `seconds`
     found, names, next_look = {name: Times() for name in calls}, list(calls), LEAST_ROUNDS
     while True:
         for name in names:

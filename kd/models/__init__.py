@@ -5,6 +5,7 @@ from kd.models.classifier import Classifier
 from kd.models.cost import count_macs, count_parameters
 from kd.models.fold import fold_batchnorm
 from kd.models.foreign import load_weights
+from kd.models.lean import lean_linears
 from kd.models.store import load, save
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "count_parameters",
     "fold_batchnorm",
     "has_hub_weights",
+    "lean_linears",
     "load",
     "load_weights",
     "save",

@@ -45,8 +45,8 @@ class Pair:
     """A teacher (or none) and a student at CIFAR's shape, and the loops over them."""
 
     def __init__(self, name: str, batch_size: int, place: Path, device: str = "cpu"):
-        """`name` is TEACHER->STUDENT, in the words of the configuration."""
-        self.teacher, student = name.split("->")
+        """`name` is TEACHER/STUDENT[:KEY=VALUE...], in the words of the configuration."""
+        self.teacher, student = name.split("/")
         self.student, *self.arguments = student.split(":")
         self.batch_size, self.place, self.device = batch_size, place, device
         self.pixels, self.labels, self.source = images(batch_size * STEPS)

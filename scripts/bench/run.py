@@ -3,11 +3,11 @@
     make bench                                            all pairs, eager, a table
     make bench OUT=bench.json                             and JSON
     make bench ARGS="compile=true seconds=120"            compiled too (a minute to compile each loop, the first time)
-    make bench ARGS="pairs=resnet56->resnet20 memory=true"     one pair; peak memory of each loop in a process of its own
+    make bench ARGS="pairs=resnet56/resnet20 memory=true"     one pair; peak memory of each loop in a process of its own
 
 On a machine that others use too, `threads=1 clock=cpu` counts the processor's time instead of the wall's (the textbook's
-worker processes are then not counted). CIFAR-10's shape, crop and flip, kd, SGD. Batch 64; `none->resnet20` is the student
-alone at 128, which shows what the loop itself costs. `NAME:KEY=VALUE` gives the student an argument.
+worker processes are then not counted). CIFAR-10's shape, crop and flip, kd, SGD. Batch 64; `none/resnet20` is the student
+alone at 128, which shows what the loop itself costs. A pair is TEACHER/STUDENT; `:KEY=VALUE` gives the student an argument.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import torch
 from loops import Pair
 
 PAIRS = (
-    "none->resnet20",
-    "resnet56->resnet20",
-    "resnet32x4->resnet8x4",
-    "vit_b->resnet18",
-    "vit_b->resnet18:small_stem=false",
+    "none/resnet20",
+    "resnet56/resnet20",
+    "resnet32x4/resnet8x4",
+    "vit_b/resnet18",
+    "vit_b/resnet18:small_stem=false",
 )
 DEFAULTS = {
     "pairs": ",".join(PAIRS), "seconds": "60", "compile": "false", "memory": "false", "out": "", "threads": "",
@@ -52,6 +52,9 @@ def main(arguments: list[str]) -> int:
         options[key] = value
     if options["clock"] not in CLOCKS:
         print(f"clock={options['clock']}: expected wall or cpu", file=sys.stderr)
+        return 2
+    if odd := [p for p in options["pairs"].split(",") if p.count("/") != 1]:
+        print(f"pairs={odd[0]}: expected TEACHER/STUDENT, such as resnet56/resnet20 or none/resnet20", file=sys.stderr)
         return 2
     from kd.device import pick_device, set_up
 
@@ -83,7 +86,7 @@ def loops_of(pair: Pair, compiling: bool, workers: int) -> dict[str, Iterator[An
 
 def measure(name: str, options: dict[str, str], device: str) -> dict[str, Any]:
     """Seconds of a step of each loop, and ratios of images/s, from rounds in which every loop takes a turn."""
-    batch_size = 128 if name.startswith("none->") else 64
+    batch_size = 128 if name.startswith("none/") else 64
     with tempfile.TemporaryDirectory() as place:
         pair = Pair(name, batch_size, Path(place), device)
         loops = loops_of(pair, options["compile"] == "true", int(options["workers"]))
@@ -145,7 +148,7 @@ def peak(name: str, which: str, device: str, steps: int = 30) -> float:
     from kd.benchmark import memory
 
     with tempfile.TemporaryDirectory() as place:
-        pair = Pair(name, 128 if name.startswith("none->") else 64, Path(place), device)
+        pair = Pair(name, 128 if name.startswith("none/") else 64, Path(place), device)
         loop = pair.textbook() if which == "textbook" else pair.ours(cached=which == "cached")
         memory.reset_peak()  # unpacking the photographs took more than training does
         for _ in range(steps):
