@@ -295,7 +295,7 @@ def test_the_report_goes_to_wandb_with_its_plots_and_tables(folder, capsys, monk
     assert "wandb sync" in capsys.readouterr().out
     logged = wandb_file.read(*html.parent.glob("wandb/offline-run-*/*.wandb"))
     assert (logged.run.entity, logged.run.project) == ("us", "study")
-    kinds = {name: value["_type"] for row in logged.history for name, value in row.items() if isinstance(value, dict)}
+    kinds = {n.removesuffix("._type"): kind for row in logged.history for n, kind in row.items() if n.endswith("._type")}
     plots = {f"report/{p.stem}": "image-file" for p in (html.parent / "plots").glob("*.png")}
     assert plots
     assert kinds == {**plots, "report/results": "table-file", "report/page": "html-file"}

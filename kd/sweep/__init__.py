@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import os
 import shlex
 import sys
@@ -34,9 +33,9 @@ class Take(Callback):
         """Before the sweeper is made."""
         from omegaconf import flag_override
 
-        sys.modules["hydra_plugins.kd"] = importlib.import_module(
-            "kd.sweep.sweepers"
-        )  # Hydra takes them from there alone
+        from kd.sweep import sweepers
+
+        sweepers.register()
         target = config.hydra.sweeper._target_
         if target in OURS:
             with flag_override(config.hydra, ["readonly", "struct"], [False, False]):
