@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from kd import files, models
-from kd.hints import UserError
 
 TRAINING = "training.pt"  # optimiser, terms, position: what a resume needs and a finished run does not keep
 
@@ -51,24 +50,13 @@ class Checkpoints:
         state["model"] = load_file(folder / "model.safetensors")
         return state
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        """The state dict in checkpoints/<name>; UserError where it is broken."""
-        from safetensors.torch import load_file
-
-        folder = self.folder / name
-        if broken := files.broken_files(folder):
-            raise UserError(f"{folder} is broken: {', '.join(broken)}. fresh=true repeats the run.")
-        return load_file(folder / "model.safetensors")
-
     def finish(self) -> None:
         """Drop what only a resume needs."""
         last = self.folder / "last"
         shutil.rmtree(self.folder / "previous", ignore_errors=True)
         if (last / TRAINING).exists():
+            kept = [p for p in sorted(last.iterdir()) if p.name not in ("sha256.json", TRAINING)]
+            files.write_json(last / "sha256.json", {p.name: files.digest(p) for p in kept})
             (last / TRAINING).unlink()
-            files.write_json(
-                last / "sha256.json",
-                {p.name: files.digest(p) for p in sorted(last.iterdir()) if p.name != "sha256.json"},
-            )
         for part in self.folder.glob(".*"):
             shutil.rmtree(part, ignore_errors=True)

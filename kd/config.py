@@ -407,8 +407,9 @@ def check_values(cfg: Config) -> None:
     """Numbers in range and words that mean something, or ConfigError with what would be."""
     for key, words in CHOICES.items():
         for full, value in _values(cfg, key):
-            if isinstance(value, bool) and words[-2:] == ("on", "off"):  # YAML reads a bare on and off as booleans
-                value = "on" if value else "off"  # noqa: PLW2901
+            meant = {"True": "on", "False": "off"}.get(value)  # YAML reads a bare on and off as booleans
+            if meant in words:
+                value = meant  # noqa: PLW2901
                 _set(cfg, full, value)
             if value not in words:
                 raise ConfigError(
@@ -493,6 +494,4 @@ def idle_reason(cfg: Config, key: str) -> str | None:
         return f"dataset.mirror=false, a mirrored image of {cfg.dataset.name} would not keep its class"
     if key in ("recipe.milestones", "recipe.decay") and cfg.recipe.schedule != "multistep":
         return f"recipe.schedule={cfg.recipe.schedule} has no milestones"
-    if key == "recipe.warmup" and cfg.recipe.schedule == "constant":
-        return None
     return None

@@ -28,9 +28,12 @@ def pick_device(wanted: str) -> str:
             f"device={wanted}: torch {torch.__version__} sees no CUDA device here. Type device=cpu or device=auto"
         )
     try:
-        return str(torch.device(wanted))
+        device = torch.device(wanted)
     except RuntimeError as error:
         raise ConfigError(f"device={wanted}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return str(device)
 
 
 def set_up(device: str, threads: int | None) -> None:
@@ -38,6 +41,7 @@ def set_up(device: str, threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
     if device.startswith("cuda"):
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -111,24 +115,30 @@ def resolve_compile(wanted: str, device: str, images: int) -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def compiled(classifier: nn.Module, device: str) -> nn.Module:
+def compiled(classifier: nn.Module, device: str, graphs: bool = True) -> nn.Module:
     """The same classifier, weights shared, whose network is compiled whole at its first call; this one stays as it is.
 
-    On a GPU the kernels of a small network, which would wait for their launches, are replayed as CUDA graphs.
+    On a GPU the kernels of a small network, which would wait for their launches, are replayed as CUDA graphs; not
+    without `graphs`: what one call leaves in a graph's memory (gradients that are summed up, a first view's output) the
+    next one overwrites.
     """
     twin = copy.copy(classifier)
     small = sum(p.numel() for p in classifier.parameters()) < SMALL
-    options = {"mode": "reduce-overhead"} if device.startswith("cuda") and small else {}
+    options = {"mode": "reduce-overhead"} if graphs and device.startswith("cuda") and small else {}
     if hasattr(classifier, "members"):
         twin.__dict__["_modules"] = {
             **twin._modules,
-            "members": nn.ModuleList(compiled(m, device) for m in classifier.members),
+            "members": nn.ModuleList(compiled(m, device, graphs) for m in classifier.members),
         }
     else:
         twin.compile(dynamic=False, **options)
     return twin
 
 
-def keep_compiled(folder: Path) -> None:
-    """Where compiled code is kept for later runs, unless the user has said so: a warm start takes 5 s instead of 44."""
+def begin_compiling(folder: Path) -> None:
+    """Forget what earlier runs of this process compiled (there is a limit), and keep code for later runs in a folder.
+
+    A warm start takes 5 s instead of 44. A folder that the user has named (TORCHINDUCTOR_CACHE_DIR) stays.
+    """
+    torch.compiler.reset()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.resolve()))

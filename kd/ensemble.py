@@ -40,7 +40,9 @@ class Ensemble(nn.Module):
                 f"an ensemble has no '{wanted[0]}': its members' features have other widths and other meanings. "
                 "Choose terms on logits, such as loss=kd, dkd, dist, ttm or ofa, or one teacher"
             )
-        logits = self.combine(torch.stack([m(images).logits.float() for m in self.members]))  # (B, K)
+        logits = self.combine(
+            torch.stack([m(images).logits.to(torch.float32, copy=True) for m in self.members])
+        )  # (B, K)
         return Output(logits, {"logits": logits} if "logits" in features else {})
 
     def combine(self, logits: Tensor) -> Tensor:

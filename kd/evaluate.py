@@ -50,16 +50,16 @@ def _of_run(cfg: EvaluateConfig) -> tuple[dict[str, Any], Any, Path]:
 
     run = runs.open_run(cfg.run)
     dataset = open_data_of(run, cfg)
-    found = {"student": models.load(run.folder / "checkpoints" / "best")}
+    found = {"student": models.load(run.folder / "checkpoints" / "best", cfg.trust)}
     for name, folder in (("teacher", teacher_folder(run)), ("baseline", baseline_folder(run))):
         if folder is not None:
-            found[name] = models.load(folder)
+            found[name] = models.load(folder, cfg.trust)
     return found, dataset, run.folder / "plots"
 
 
 def _of_teacher(cfg: EvaluateConfig) -> tuple[dict[str, Any], Any, None]:
     """The teacher that the settings name, on the dataset that they name."""
-    from kd import data, runs, teacher
+    from kd import data, models, teacher
 
     if cfg.teacher.name == "none":
         raise ConfigError("nothing to evaluate: type run=RUN_DIR, or teacher=NAME teacher.checkpoint=PATH")
@@ -69,10 +69,14 @@ def _of_teacher(cfg: EvaluateConfig) -> tuple[dict[str, Any], Any, None]:
         )
     spec = {**dataclasses.asdict(cfg.dataset), "workers": cfg.workers}
     dataset = data.load(spec, store_dir=Path(cfg.runs_dir) / ".store", need_train=cfg.split != "test")
-    path = Path(cfg.teacher.checkpoint)
-    loaded = teacher.from_file(cfg, dataset, runs.find_weights(path, cfg.teacher.epoch), print)
+    models.allow(cfg.teacher.args)
+    loaded = teacher.obtain(cfg, dataset, _untrained, print)
     teacher.check_classes(loaded.classifier, dataset, f"the teacher {cfg.teacher.name}")
     return {"teacher": loaded.classifier}, dataset, None
+
+
+def _untrained(cfg: Any, **_: Any) -> Run:
+    raise ConfigError(f"teacher {cfg.student.name} is still to be trained: kd.train does that")
 
 
 def open_data_of(run: Run, cfg: EvaluateConfig) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -204,33 +205,42 @@ def fit(
 ) -> Progress:
     """Train to the end or to the stop signal; leaves checkpoints `last` and `best`. Resumes from `training.progress`.
 
-    Raises DivergedError when the loss is not finite, Interrupted after a signal, GaveUpError when `give_up` says so
-    of an epoch's metrics.
+    Raises DivergedError when the loss is not finite (`best` is written all the same), Interrupted after a signal,
+    GaveUpError when `give_up` says so of an epoch's metrics.
     """
     t, meter, saved = training, Meter(), _Saved()
-    while t.progress.step < t.steps and not _exhausted(t):
-        epoch, offset = divmod(t.progress.step, t.steps_per_epoch)
-        t.student.train()
-        t.loss.train()
-        for raw in split.epoch(epoch, t.recipe.batch_size, t.seed, offset, t.device, t.cycle_epochs):
-            advance(t, raw, meter, tracker, console)
-            if (stop.signum or saved.seconds() > CHECKPOINT_SECONDS) and t.whole(t.progress.step):
-                _flush(t, meter, tracker, console)
+    t.clock = time.perf_counter()
+    with saved.best_of_a_diverged_run(checkpoints):
+        while t.progress.step < t.steps and not _exhausted(t):
+            epoch, offset = divmod(t.progress.step, t.steps_per_epoch)
+            t.student.train()
+            t.loss.train()
+            for raw in split.epoch(epoch, t.recipe.batch_size, t.seed, offset, t.device, t.cycle_epochs):
+                advance(t, raw, meter, tracker, console)
+                if t.progress.step % t.steps_per_epoch == 0 or t.progress.step >= t.steps:
+                    break  # a checkpoint here would be one of an epoch that has not been looked at
+                if (stop.signum or saved.overdue()) and t.whole(t.progress.step):
+                    _flush(t, meter, tracker, console)
+                    saved.write(checkpoints, t, tracker)
+                    _heed(stop, t)
+            _flush(t, meter, tracker, console)
+            row = _end_epoch(t, validate, checkpoints, tracker, console, saved)
+            if stop.signum or saved.overdue():
                 saved.write(checkpoints, t, tracker)
-                if stop.signum:
-                    raise Interrupted(
-                        stop.signum,
-                        f"interrupted at step {t.progress.step} of {t.steps}; the same command goes on from there",
-                    )
-            if t.progress.step >= t.steps:
-                break
-        _flush(t, meter, tracker, console)
-        row = _end_epoch(t, validate, checkpoints, tracker, console, saved)
-        if give_up(row) and t.progress.step < t.steps:
-            saved.write(checkpoints, t, tracker)
-            raise GaveUpError(f"stopped early at epoch {row['epoch']:g} of {t.steps / t.steps_per_epoch:g}")
+                _heed(stop, t)
+            if give_up(row) and t.progress.step < t.steps:
+                saved.write(checkpoints, t, tracker)
+                raise GaveUpError(f"stopped early at epoch {row['epoch']:g} of {t.steps / t.steps_per_epoch:g}")
     saved.write(checkpoints, t, tracker)
+    _heed(stop, t)
     return t.progress
+
+
+def _heed(stop: Any, t: Training) -> None:
+    """End a fit that a signal came for, once its checkpoint is written."""
+    if stop.signum:
+        where = f"step {t.progress.step} of {t.steps}"
+        raise Interrupted(stop.signum, f"interrupted at {where}; the same command goes on from there")
 
 
 def _exhausted(t: Training) -> bool:
@@ -302,6 +312,9 @@ class _Saved:
     def seconds(self) -> float:
         return time.perf_counter() - self.at
 
+    def overdue(self) -> bool:
+        return self.seconds() > CHECKPOINT_SECONDS
+
     def worth_it(self) -> bool:
         return self.seconds() * CHECKPOINT_SHARE >= self.cost
 
@@ -309,12 +322,24 @@ class _Saved:
         """Write `best` first, then the `last` that speaks of it; metrics up to here are on the disk before both."""
         started = time.perf_counter()
         tracker.flush()
-        if self.waiting is not None:
-            checkpoints.save("best", self.waiting)
-            self.waiting = None
+        self.write_best(checkpoints)
         checkpoints.save("last", t.kept, t.state())
         self.at = time.perf_counter()
         self.cost = self.at - started
+
+    def write_best(self, checkpoints: Checkpoints) -> None:
+        """Write the best classifier where it is not on the disk yet."""
+        if self.waiting is not None:
+            checkpoints.save("best", self.waiting)
+            self.waiting = None
+
+    @contextmanager
+    def best_of_a_diverged_run(self, checkpoints: Checkpoints) -> Iterator[None]:
+        try:
+            yield
+        except DivergedError:
+            self.write_best(checkpoints)
+            raise
 
     def remember(self, classifier: nn.Module) -> None:
         import copy

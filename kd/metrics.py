@@ -63,13 +63,6 @@ def mistakes(logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> dict[st
     return {"mistakes_copied": copied.double().mean().item(), "mistakes_mended": mended.double().mean().item()}
 
 
-def recalls(logits: Tensor, targets: Tensor) -> list[float]:
-    """Recall of each class, (K,); 0 where a class has no image."""
-    right = (logits.argmax(1) == targets).double()
-    counts = torch.bincount(targets, minlength=logits.shape[1])
-    return (torch.bincount(targets, right, minlength=logits.shape[1]) / counts.clamp(min=1)).tolist()
-
-
 def confusion(logits: Tensor, targets: Tensor) -> Tensor:
     """Counts (K, K): rows are true classes, columns predictions."""
     classes = logits.shape[1]

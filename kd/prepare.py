@@ -36,9 +36,12 @@ _DATASETS: dict[str, Any] = {}
 
 def resolve(cfg: Config, dataset: Any) -> Config:
     """The settings with every `auto` that is a rule of the config made plain, and the loss of a run without a teacher."""
+    from kd import models
+
     cfg = copy.deepcopy(cfg)
     cfg.dataset.image_size = dataset.image_size
     for model in (cfg.student, cfg.teacher):
+        models.allow(model.args)
         size = model.preprocess.size or dataset.image_size
         if model.pretrained == "auto":
             model.pretrained = size >= 96 and "_target_" not in model.args and model.checkpoint in (None, "auto")
@@ -178,13 +181,14 @@ def assemble(cfg: Config, dataset: Any, teacher: Any, where: str, this: Run, say
     how = f"{precision} on {where}{', compiled' * compiling}"
     say(f"{cfg.student.name} ({size}, {source}) on {data}, {training.steps} steps of {recipe.batch_size}, {how}")
     if compiling:
-        device.keep_compiled(Path(cfg.runs_dir) / ".cache" / "compiled")
-        training.forward = device.compiled(student, where)
+        device.begin_compiling(Path(cfg.runs_dir) / ".cache" / "compiled")
+        graphs = recipe.accumulate == 1 and loss.views == 1
+        training.forward = device.compiled(student, where, graphs)
     say(f"loss = {loss.describe()}")
     if teacher is not None:
         say(f"pairs: {'; '.join(map(str, pairs.pairs(loss, matched.outputs)))}")
         if compiling:
-            training.ask_teacher = ask(device.compiled(teacher.classifier, where))
+            training.ask_teacher = ask(device.compiled(teacher.classifier, where, loss.views == 1))
         if cache.cacheable(cfg.teacher.cache, loss):
             training.ask_teacher = cache.open_cache(
                 cfg,
@@ -229,6 +233,9 @@ def require_same_ground(this: Run, resolved: dict[str, Any], say: Callable[[str]
                 f"{this.folder} was begun with recipe.{name} at {was}, here recipe.{name}=auto means {value}. "
                 "Go on where it was begun, or type fresh=true to begin again"
             )
+    if this.record["environment"]["device"].startswith("cuda"):
+        say("warning: resumed on a GPU, where some kernels add in no fixed order: not bit for bit the run it was")
+        this.update(exact=False)
     changed = [k for k in before if before[k] != now[k]]
     if changed:
         say(
@@ -237,6 +244,16 @@ def require_same_ground(this: Run, resolved: dict[str, Any], say: Callable[[str]
             + ": not bit for bit the run it was"
         )
         this.update(exact=False)
+
+
+def require_same_precision(this: Run, half: bool) -> None:
+    """A resumed run's teacher speaks in the precision that it began in, or UserError."""
+    was, now = (this.record.get("teacher") or {}).get("precision"), "bf16" if half else "fp32"
+    if this.record.get("started_on") and was not in (None, now):
+        raise UserError(
+            f"{this.folder} was begun with a teacher in {was}, here recipe.precision=auto means {now} for it. "
+            "Go on where it was begun, or type fresh=true to begin again"
+        )
 
 
 def _steps(training: Training, dataset: Any, this: Run) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -162,8 +162,7 @@ class Run:
             return None
         old = self.folder.parent / ".old"
         old.mkdir(exist_ok=True)
-        number = 1 + sum(1 for _ in old.glob(f"{self.name}-*"))
-        target = old / f"{self.name}-{number}"
+        target = next(t for n in itertools.count(1) if not (t := old / f"{self.name}-{n}").exists())
         shutil.move(self.folder, target)
         self.record = {}
         return target
@@ -305,8 +304,3 @@ def _commit() -> str | None:
         return None
     git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return git.stdout.strip() or None
-
-
-def snapshot(settings: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy, safe to put into a record."""
-    return copy.deepcopy(settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import secrets
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def run(sweeper: Any, config: Any, arguments: Sequence[str]) -> None:
     from kd import sweep
 
     search = Search(sweeper, config, arguments)
-    total = sweeper.n_trials
+    total = search.total
     with search.alone() as alone:
         study = search.open_study()
         if alone:
@@ -136,7 +137,7 @@ def run(sweeper: Any, config: Any, arguments: Sequence[str]) -> None:
         )
         if config.dry:
             return
-        search.prepare(study)
+        search.prepare(study, alone)
         try:
             while (left := total - len(counted(study))) > 0:
                 sweeper.n_trials = min(left, sweeper.n_jobs)
@@ -144,9 +145,9 @@ def run(sweeper: Any, config: Any, arguments: Sequence[str]) -> None:
         finally:
             if alone:
                 close_running(study)
-            search.write(study)
+            search.write(study, alone)
     search.conclude(study)
-    failed = [t for t in search.trials if t["state"] == "failed"]
+    failed = [t for t in search.rows() if t["state"] == "failed"]
     if not search.finished(study):
         raise sweep.SweepError(
             f"search {search.name}: no trial finished:\n  " + "\n  ".join(t["error"] for t in failed)
@@ -184,7 +185,7 @@ class Search:
             place = f"cannot write to runs_dir={config.runs_dir}: {error.strerror}"
             raise UserError(f"{place}. Type runs_dir=ANOTHER_FOLDER") from error
         self.path = self.folder / "search.json"
-        self.trials = (sweep.read(self.path) or {}).get("trials", [])
+        self.sitting, self.mine, self.total = secrets.token_hex(4), [], sweeper.n_trials
         self.command = sweep.command(arguments, config)
         self._settle(sweep)
 
@@ -263,14 +264,15 @@ class Search:
                 f"search {self.name}: {error}. Type sweep_name=ANOTHER_NAME to begin another study"
             ) from error
 
-    def prepare(self, study: Any) -> None:
-        """After a restart another sampler seed: with the same one Optuna proposes its first points again."""
+    def prepare(self, study: Any, alone: bool) -> None:
+        """Another sampler seed after a restart, and beside others: with the same one Optuna proposes its first points again."""
         from hydra.utils import instantiate
 
         node = self.config.hydra.sweeper.sampler
         there = len(study.get_trials(deepcopy=False))
-        if there and node.get("seed") is not None:
-            self.sweeper.sampler = instantiate(node, seed=int(node.seed) + 7919 * there)
+        salt = 0 if alone else int(self.sitting, 16)
+        if (there or salt) and node.get("seed") is not None:
+            self.sweeper.sampler = instantiate(node, seed=(int(node.seed) + 7919 * there + salt) % 2**32)
 
     def batch(self) -> None:
         """Some trials, through the plugin."""
@@ -288,13 +290,14 @@ class Search:
         from kd.sweep import plan
 
         composer = sweep.Composer(self.sweeper.hydra_context.config_loader, self.config)
-        rows = []
+        rows, before = [], len(self.rows())
         for overrides in job_overrides:
             cell = plan.look_up(plan.Cell(tuple(overrides)), composer, self.typed)
             picked = [o.lstrip("+") for o in overrides if o not in self.arguments]
-            print(f"[trial {len(self.trials) + 1}] {' '.join(picked)}", flush=True)
-            rows.append({"overrides": picked, "run": cell.run.name if cell.run else None, "state": "running"})
-            self.trials.append(rows[-1])
+            print(f"[trial {before + len(rows) + 1}] {' '.join(picked)}", flush=True)
+            run = cell.run.name if cell.run else None
+            rows.append({"overrides": picked, "run": run, "state": "running", "sitting": self.sitting})
+        self.mine += rows
         self.write()
         returns = self.plain_launcher.launch(job_overrides, initial_job_idx=initial_job_idx)
         for row, job in zip(rows, returns, strict=True):
@@ -316,11 +319,25 @@ class Search:
 
         return (runs.read_record(Path(self.config.runs_dir) / name) if name else None) or {}
 
-    def write(self, study: Any = None) -> None:
-        """search.json; with the study also what it says of the parameters."""
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of search.json by other processes and earlier sittings, then this one's."""
+        from kd import sweep
+
+        there = (sweep.read(self.path) or {}).get("trials", [])
+        return [r for r in there if r.get("sitting") != self.sitting] + self.mine
+
+    def write(self, study: Any = None, alone: bool = False) -> None:
+        """search.json; with the study also what it says of the parameters, and that nothing runs any more."""
+        from filelock import FileLock
+
+        with FileLock(self.folder / ".rows.lock"):
+            self._write(study, alone)
+
+    def _write(self, study: Any, alone: bool) -> None:
         from kd import files, runs
 
-        for row in self.trials:
+        trials = self.rows()
+        for row in trials if alone else self.mine:
             if row["state"] == "running" and study is not None:
                 row.update(state="killed")
         value = {
@@ -330,9 +347,9 @@ class Search:
             "updated": runs.now(),
             "objectives": self.objectives,
             "directions": self.directions,
-            "total": self.sweeper.n_trials,
+            "total": self.total,
             "importance": importance(study, len(self.objectives)) if study is not None else {},
-            "trials": self.trials,
+            "trials": trials,
         }
         files.write_json(self.path, runs.finite(value))
 

@@ -34,7 +34,10 @@ class Estimate:
 
 
 def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """The mean with Student's t interval and the sample standard deviation; no interval for one value.
+    """The mean with Student's t interval and the sample standard deviation.
+
+    No interval for one value, nor for values that are all equal: accuracies come in steps of one image, and a few that
+    fall on the same step do not show how far they spread.
 
     Raises ValueError for no value at all.
     """
@@ -46,6 +49,8 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
         return Estimate(centre, n=1)
     from scipy.stats import t
 
+    if max(values) == min(values):
+        return Estimate(centre, n=n, sd=0.0)
     sd = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (n - 1))
     half = float(t.ppf(0.5 + level / 2, n - 1)) * sd / math.sqrt(n)
     return Estimate(centre, centre - half, centre + half, n, sd)
@@ -54,7 +59,7 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[Estimate, float | None]:
     """Mean difference over the seeds that both have, with interval, and the p-value of the paired t-test (two-sided).
 
-    The p-value is None below two pairs. Differences that are all equal and not zero give p = 0, all zero p = 1.
+    The p-value is None below two pairs, and where all differences are equal and not zero; all zero give 1.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -64,7 +69,7 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[Estimate, 
     if len(gains) < 2:
         return estimate, None
     if not estimate.sd:
-        return estimate, 0.0 if estimate.value else 1.0
+        return estimate, None if estimate.value else 1.0
     from scipy.stats import ttest_1samp
 
     return estimate, float(ttest_1samp(gains, 0.0).pvalue)

@@ -103,6 +103,11 @@ def from_run(run: runs.Run, cfg: Config) -> Loaded:
             f"teacher.epoch={cfg.teacher.epoch}: {run.folder} kept {', '.join(there)}. "
             f"Type teacher.recipe.keep_epochs=[{cfg.teacher.epoch}] to train a teacher that keeps it"
         )
+    written = (folder / "sha256.json").is_file()  # an artifact brings none: W&B checks its own
+    if written and (broken := runs.files.broken_files(folder)):
+        raise UserError(
+            f"{folder} is broken: {', '.join(broken)} differ from its sha256.json. fresh=true trains it again"
+        )
     weights = folder / "model.safetensors"
     metrics = run.record.get("metrics", {}) if kept == "best" else {}
     source = {
@@ -226,7 +231,9 @@ def asker(
             if policy == "clean"
             else view(raw, stream=2).images
         )
-        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+        # on CUDA no_grad: a compiled teacher's graph, captured in inference mode, would spoil the student's (pytorch #135892)
+        without_gradients = torch.no_grad if images.is_cuda else torch.inference_mode
+        with without_gradients(), torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             output = classifier(images, features)
         return usable(output, torch.bfloat16 if half else torch.float32)
 

@@ -115,15 +115,16 @@ def _carry_out(cfg: Config, settings: dict, this: Run, dataset: Any, where: str,
 
 def ready_teacher(cfg: Config, dataset: Any, where: str, this: Run, say: Callable[[str], None]) -> Any:
     """The frozen teacher, checked and scored through the path it teaches by."""
-    from kd import check, device, teacher
+    from kd import check, device, prepare, teacher
     from kd.check import diagnose, finding
 
     check.before_teacher(cfg, dataset)
     loaded = teacher.obtain(cfg, dataset, _run, say)
     teacher.check_classes(loaded.classifier, dataset, f"the teacher {cfg.teacher.name}")
     half = device.resolve_precision(cfg.recipe.precision, where, loaded.classifier) == "bf16"
+    prepare.require_same_precision(this, half)
     loaded.classifier = teacher.freeze(loaded.classifier, where, half)
-    figures, findings = diagnose.diagnose(loaded, dataset, cfg, where, half)
+    figures, findings = diagnose.once(loaded, dataset, cfg, where, half)
     this.update(teacher={**loaded.source, "name": cfg.teacher.name, "precision": "bf16" if half else "fp32", **figures})
     say(check.teacher_line(cfg, figures))
     finding.stop(findings, say)
@@ -181,17 +182,17 @@ def _evaluate(training: Training, dataset: Any, teacher: Any, this: Run) -> None
     teacher_logits, per_class = None, {}
     if dataset.test is not None:
         if teacher is not None:
-            teacher_logits = _test_logits(teacher.original, dataset, training.device)
+            teacher_logits = _teachers_logits(teacher, this, dataset, training.device)
         for name, prefix in (("best", "test"), ("last", "test_last")):
             classifier = models.load(checkpoints.folder / name)
             logits = _test_logits(classifier, dataset, training.device)
             found |= metrics.named(prefix, metrics.full(logits, dataset.test.targets, teacher_logits))
             if name == "best":
-                per_class["student"] = metrics.recalls(logits, dataset.test.targets)
+                per_class["student"] = metrics.per_class(metrics.confusion(logits, dataset.test.targets))
                 if teacher_logits is not None:
                     found |= metrics.named("test", metrics.mistakes(logits, teacher_logits, dataset.test.targets))
         if teacher_logits is not None:
-            per_class["teacher"] = metrics.recalls(teacher_logits, dataset.test.targets)
+            per_class["teacher"] = metrics.per_class(metrics.confusion(teacher_logits, dataset.test.targets))
             found |= metrics.named("teacher/test", metrics.full(teacher_logits, dataset.test.targets))
     weights = checkpoints.folder / "best" / "model.safetensors"
     alone = this.record["sweep"] is None  # side by side nothing can be timed: the report does it, once for each network
@@ -215,6 +216,20 @@ def _test_logits(classifier: Any, dataset: Any, where: str) -> Any:
 
     classifier = classifier.to(where).eval()
     return metrics.logits_of(lambda images: classifier(images).logits, dataset.test, where)
+
+
+def _teachers_logits(teacher: Any, this: Run, dataset: Any, where: str) -> Any:
+    """A teacher's answers on the test set, remembered in this process: a sweep has many students for one teacher."""
+    key = (repr(teacher.source), repr(this.record["config"]["teacher"]), dataset.digest, where)
+    if key in _HEARD:
+        return _HEARD[key]
+    logits = _test_logits(teacher.original, dataset, where)
+    if logits.numel() < 10**7:
+        _HEARD[key] = logits
+    return logits
+
+
+_HEARD: dict[tuple, Any] = {}
 
 
 def compare_with_baseline(cfg: Config, finished: Run, say: Callable[[str], None]) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from kd import compose, files, run
+from kd import compose, files, loop, run, runs
+from kd.hints import Interrupted
 from kd.loop import Meter, smooth
 
 
@@ -53,8 +58,6 @@ def test_metrics_are_those_of_every_step_and_none_is_lost(tiny):
 
 
 def test_a_cycle_repeats_the_order_and_the_views(tiny, monkeypatch):
-    from kd import loop
-
     seen, plain = [], loop.train_step
 
     def watch(training, raw):
@@ -66,6 +69,48 @@ def test_a_cycle_repeats_the_order_and_the_views(tiny, monkeypatch):
     assert [s[1:] for s in seen[:7]] == [s[1:] for s in seen[14:21]]
     assert [s[1:] for s in seen[:7]] != [s[1:] for s in seen[7:14]]
     assert seen[14][0] == 2.0
+
+
+@pytest.mark.parametrize("step", [7, 14])  # the last of an epoch of seven, and of the run
+def test_a_signal_at_the_end_of_an_epoch_leaves_nothing_out(tiny, tmp_path, monkeypatch, step):
+    settings = [*tiny, "teacher=none", "recipe.epochs=2", "recipe.keep_epochs=[1]", "recipe.val_every=1"]
+    whole = run(compose(*settings))
+    plain = loop.train_step
+
+    def struck(training, raw):
+        if training.progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(training, raw)
+
+    again = compose(*settings, f"runs_dir={tmp_path / 'again'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", struck)
+        with pytest.raises(Interrupted, match=f"step {step} of 14"):
+            run(again)
+    resumed = run(again)
+    strip = [{k: v for k, v in row.items() if not k.startswith(("time/", "images_per_s"))} for row in rows(whole)]
+    assert [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "images_per_s"))} for row in rows(resumed)
+    ] == strip
+    for name in ("best", "last", "epoch_001"):
+        one, other = (r.folder / "checkpoints" / name / "model.safetensors" for r in (whole, resumed))
+        assert files.digest(one) == files.digest(other), name
+    assert resumed.record["metrics"] == whole.record["metrics"]
+
+
+def test_a_diverged_run_keeps_the_best_of_the_epochs_before(tiny, monkeypatch):
+    plain = loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda t, raw: plain(t, raw) * (float("nan") if t.progress.step > 9 else 1.0)
+    )
+    monkeypatch.setattr(loop, "CHECKPOINT_SHARE", 0.0)  # nothing is written before it
+    cfg = compose(*tiny, "teacher=none", "recipe.epochs=3", "recipe.val_every=1")
+    with pytest.raises(loop.DivergedError):
+        run(cfg)
+    (found,) = runs.records(Path(cfg.runs_dir))
+    assert found.status == "diverged"
+    kept = load_file(found.folder / "checkpoints" / "best" / "model.safetensors")
+    assert all(torch.isfinite(v.float()).all() for v in kept.values())
 
 
 def test_the_meter_reads_what_was_added_with_changing_names():

@@ -93,6 +93,17 @@ def test_broken_images_are_named_and_stop_nothing(made, pictures, ask, tmp_path)
     assert "no such file" in err and "Traceback" not in err
 
 
+def test_a_thousand_images_with_five_broken_ones(made, pictures, ask, tmp_path):
+    whole = sorted(pictures.iterdir())
+    for number in range(1000):
+        place = tmp_path / f"{number:04}.png"
+        broken = number % 200 == 7
+        place.write_bytes(b"\x89PNG\r\n\x1a\n" if broken else whole[number % len(whole)].read_bytes())
+    code, out, err = ask(made["alone"].folder, tmp_path, "--json")
+    assert (code, len(out.splitlines())) == (1, 995)
+    assert sum(".png: " in line for line in err.splitlines()) == 5
+
+
 def test_an_empty_folder_is_an_error(made, ask, tmp_path):
     code, out, err = ask(made["alone"].folder, tmp_path)
     assert (code, out) == (1, "") and str(tmp_path) in err

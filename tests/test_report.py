@@ -223,6 +223,33 @@ def test_what_is_missing_or_failed_is_listed_with_the_command(folder):
     assert section.commands == ["python -m kd.train -m +sweep=study", "python -m kd.train seed=5"]
 
 
+def test_the_command_of_a_missing_baseline_has_nothing_of_the_teachers():
+    typed = (
+        "python -m kd.train teacher=resnet20 teacher.recipe.epochs=5 recipe@teacher.recipe=cifar student=resnet8 seed=1"
+    )
+    assert gaps.alone(typed) == "python -m kd.train student=resnet8 seed=1 teacher=none"
+
+
+def test_what_the_benchmark_measured_is_in_the_report_once(folder):
+    row = {"model": "teacher a", "mode": "eager", "precision": "fp32", "name": "teacher a, eager fp32"}
+    row |= {"latency_ms": {"p50": 2.0, "low": 1.9, "high": 2.1, "p99": 3.0}, "peak_mib": {"1": 3, "8": 7}}
+    row |= {"images_per_s": {"1": {"images_per_s": 500}, "8": {"images_per_s": 900}}}
+    ratio = {"name": "student b", "latency": [2, 1.9, 2.1], "throughput": [3, 2.9, 3.1], "throughput_batch_size": 8}
+    figures = {
+        "cells": [row, {**row, "model": "student b", "name": "student b"}],
+        "ratios": [ratio],
+        "reference": row["name"],
+    }
+    figures["environment"] = {"device_name": "cpu", "threads": 2, "torch": "2"}
+    for seed in (0, 1):
+        folder.add(seed=seed, benchmark=figures)
+    (section,) = efficiency.benchmarks(folder.gathered())
+    (table,) = section.tables
+    assert [r[0] for r in table.rows] == ["teacher a", "student b"]
+    assert table.rows[0][2:6] == ["2.000 [1.900, 2.100]", "3.000", "900 (batch 8)", "7"]
+    assert table.rows[1][6:] == ["2.00 [1.90, 2.10]", "3.00 [2.90, 3.10]"]
+
+
 def test_nothing_missing_is_said(folder):
     folder.add()
     assert "Nothing" in text(gaps.sections(folder.gathered()))
@@ -295,7 +322,9 @@ def test_the_report_goes_to_wandb_with_its_plots_and_tables(folder, capsys, monk
     assert "wandb sync" in capsys.readouterr().out
     logged = wandb_file.read(*html.parent.glob("wandb/offline-run-*/*.wandb"))
     assert (logged.run.entity, logged.run.project) == ("us", "study")
-    kinds = {n.removesuffix("._type"): kind for row in logged.history for n, kind in row.items() if n.endswith("._type")}
+    kinds = {
+        n.removesuffix("._type"): kind for row in logged.history for n, kind in row.items() if n.endswith("._type")
+    }
     plots = {f"report/{p.stem}": "image-file" for p in (html.parent / "plots").glob("*.png")}
     assert plots
     assert kinds == {**plots, "report/results": "table-file", "report/page": "html-file"}

@@ -188,6 +188,22 @@ def test_difference_of_settings():
     assert search.difference({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 0}}) == {"a": {"c": 2}, "d": 3}
 
 
+def test_two_processes_on_one_search_keep_each_others_rows(tmp_path):
+    one, other = (object.__new__(search.Search) for _ in range(2))
+    for sitting, process in (("a", one), ("b", other)):
+        process.path, process.folder, process.name, process.command = tmp_path / "search.json", tmp_path, "s", ""
+        process.sitting, process.mine, process.total = sitting, [], 9
+        process.objectives, process.directions = ["val/top1"], ["maximize"]
+    for number, process in enumerate((one, other, one)):
+        process.mine.append({"run": f"r{number}", "state": "running", "sitting": process.sitting})
+        process.write()
+    one.mine[0]["state"] = "done"
+    one.write()
+    found = json.loads(one.path.read_text())
+    assert found["total"] == 9
+    assert {r["run"]: r["state"] for r in found["trials"]} == {"r0": "done", "r1": "running", "r2": "running"}
+
+
 def test_objective_must_be_finite(tmp_path):
     run = runs.Run(tmp_path)
     run.record = {"metrics": {"val/top1": None}}

@@ -10,7 +10,6 @@ import torch
 
 from kd import compose
 from kd.benchmark import steptime
-from kd.config import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,7 @@ def test_three_pieces_of_advice_the_largest_first(figures):
 def test_what_takes_the_time_is_what_is_named(part, word):
     training = types.SimpleNamespace(autocast=True, device="cpu")
     parts = {f"time/{p}_ms": 1.0 for p in steptime.PARTS} | {f"time/{part}_ms": 100.0, "time/step_ms": 107.0}
-    cfg = types.SimpleNamespace(recipe=Recipe(compile="on"))
-    assert word in steptime.advice(training, parts, cfg)[0]["what"]
+    assert word in steptime.advice(training, parts, compiled=True)[0]["what"]
 
 
 def test_a_part_inside_another_is_taken_from_it():

@@ -106,6 +106,22 @@ def test_a_diverged_run_keeps_its_last_good_weights_and_says_where(tiny):
         assert all(torch.isfinite(v.float()).all() for v in load_file(path).values())
 
 
+def test_a_network_from_outside_kd_is_trained_found_again_and_taught_by(tiny, tmp_path, command):
+    own = ["student=timm", "student.name=own", "student.args._target_=own_net.Net", "recipe.steps=10"]
+    plain = [o for o in tiny if not o.startswith(("student=", "student.args"))]
+    finished = run(compose(*plain, *own, "teacher=none"))
+    assert finished.done
+    taught = run(compose(*plain, "student=resnet8", "recipe.steps=4", "teacher=timm", f"teacher.checkpoint={finished.folder}",
+                         "teacher.name=own", "teacher.args._target_=own_net.Net", "teacher.min_top1=0", "baseline=off"))  # fmt: skip
+    assert taught.record["teacher"]["run"] == finished.name
+    fresh = [sys.executable, "-m", "kd.evaluate", f"run={finished.folder}", f"runs_dir={tmp_path / 'runs'}"]
+    surroundings = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    refused = subprocess.run(fresh, capture_output=True, text=True, check=False, env=surroundings)
+    assert (refused.returncode, "trust=true" in refused.stderr) == (1, True), refused.stderr
+    trusted = subprocess.run([*fresh, "trust=true"], capture_output=True, text=True, check=False, env=surroundings)
+    assert trusted.returncode == 0, trusted.stderr
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, tmp_path):
     settings = [*tiny, "teacher=none", "recipe.epochs=12", "recipe.ema=0.9", "dataset.train_fraction=0.3"]

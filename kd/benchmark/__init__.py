@@ -87,7 +87,9 @@ def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[
 
             calibration = export.calibration(dataset, cfg)
         cells = [
-            make_cell(item, *pair, where, Path(scratch), dataset, calibration) for item in items for pair in chosen
+            make_cell(item, *pair, where, Path(scratch), dataset, calibration, cfg.trust)
+            for item in items
+            for pair in chosen
         ]
         timed = measure(cells, dataset, cfg, where, say)
         figures = {**summarise(cells, timed, items, cfg, where), "load": load}
@@ -155,6 +157,7 @@ def untrained(cfg: BenchmarkConfig, scratch: Path) -> tuple[list[Item], Any]:
         if model.name == "none":
             continue
         spec = dataclasses.asdict(model)
+        models.allow(model.args)
         classifier = models.build(
             spec, dataset.num_classes, dataset.image_size, dataset.channels, classes=dataset.classes
         )
@@ -164,13 +167,20 @@ def untrained(cfg: BenchmarkConfig, scratch: Path) -> tuple[list[Item], Any]:
 
 
 def make_cell(
-    item: Item, mode: str, precision: str, where: str, scratch: Path, dataset: Any, calibration: Tensor | None
+    item: Item,
+    mode: str,
+    precision: str,
+    where: str,
+    scratch: Path,
+    dataset: Any,
+    calibration: Tensor | None,
+    trust: bool,
 ) -> Cell:
     """An item in one mode and precision."""
     from kd import models
     from kd.benchmark import modes, speed
 
-    classifier = models.load(item.folder)
+    classifier = models.load(item.folder, trust)
     file = scratch / f"{abs(hash(item.label))}-{mode}-{precision}"
     ask = modes.ready(classifier, mode, precision, where, file, dataset.channels, calibration)
     written = list(scratch.glob(f"{file.name}.*"))
@@ -192,7 +202,9 @@ def measure(
     with torch.inference_mode():
         for size in sorted({1, *cfg.batch_sizes}):
             say(f"batch size {size} ...")
-            images = images_of(dataset, size).to(where)
+            if any(c.mode == "compiled" for c in cells):
+                torch.compiler.reset()  # past its limit of shapes Dynamo would run them eager and say nothing
+            images = images_of(dataset, size, cfg.split).to(where)
             calls = {c.name: _bound(c.ask, images) for c in cells}
             apart = {f"{c.name} preprocess": _bound(c.preprocess, images) for c in cells if c.preprocess}
             found[size] = timing.take_turns(calls | apart, cfg.seconds, cfg.interval, wait, loose=apart)
@@ -203,11 +215,12 @@ def _bound(ask: Callable[[Tensor], Any], images: Tensor) -> Callable[[], Any]:
     return lambda: ask(images)
 
 
-def images_of(dataset: Any, count: int) -> Tensor:
-    """uint8 (count, C, h, w): real images, in turn where there are fewer."""
+def images_of(dataset: Any, count: int, wanted: str = "test") -> Tensor:
+    """uint8 (count, C, h, w): real images, of the split wanted if there is one, in turn where there are fewer."""
     import torch
 
-    split = next(s for s in (dataset.test, dataset.val, dataset.train) if s is not None and len(s))
+    splits = (getattr(dataset, name) for name in (wanted, "test", "val", "train"))
+    split = next(s for s in splits if s is not None and len(s))
     return next(split.subset(torch.arange(count) % len(split)).batches(count)).images.contiguous()
 
 
@@ -221,7 +234,7 @@ def summarise(
 
     costs = {}
     for item in items:
-        classifier = models.load(item.folder)
+        classifier = models.load(item.folder, cfg.trust)
         costs[item.label] = {"parameters": models.count_parameters(classifier), "macs": models.count_macs(classifier)}
     memory = peaks(cells, cfg, where)
     rows = [{**describe(c, timed), **costs[c.item.label], **memory.get(c.name, {})} for c in cells]

@@ -8,7 +8,6 @@ real step does not do: their sum is an upper bound of `step`.
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import statistics
 import sys
@@ -38,10 +37,11 @@ def report(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
     device.set_up(where, cfg.threads)
     with tempfile.TemporaryDirectory(prefix="kd-steptime-") as place:
         training, dataset = ready(cfg, where, Path(place))
+        compiled = training.forward is not training.student
         figures = measure(training, dataset, Path(place))
         figures |= against_peak(training, figures)
         figures["memory/peak_mib"] = peak_mib(where)
-        figures["advice"] = advice(training, figures, cfg)
+        figures["advice"] = advice(training, figures, compiled)
     show(figures, cfg, say)
     if getattr(cfg, "out", None):
         files.write_json(Path(cfg.out), figures)
@@ -49,18 +49,18 @@ def report(cfg: Config, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def ready(cfg: Config, where: str, place: Path) -> tuple[Training, Any]:
-    """What `kd.train` would train with, teacher untrained, nothing written into runs_dir but the image store."""
-    from kd import device, models, prepare, runs, teacher
+    """What `kd.train` would train with, the teacher as far as it is trained, nothing written into runs_dir but the image store."""
+    from kd import device, prepare, runs, teacher
+    from kd.check.look import present
 
     dataset = prepare.open_dataset(cfg)
     cfg = prepare.resolve(cfg, dataset)
     loaded = None
     cfg.student.pretrained = False
     if cfg.teacher.name != "none":
-        spec = {**dataclasses.asdict(cfg.teacher), "pretrained": False, "checkpoint": None}
-        classifier = models.build(spec, dataset.num_classes, dataset.image_size, dataset.channels, dataset.classes)
-        half = device.resolve_precision(cfg.recipe.precision, where, classifier) == "bf16"
-        loaded = teacher.Loaded(teacher.freeze(classifier, where, half), {})
+        loaded, _ = present(cfg, dataset, lambda _: None)
+        half = device.resolve_precision(cfg.recipe.precision, where, loaded.classifier) == "bf16"
+        loaded.classifier = teacher.freeze(loaded.classifier, where, half)
         cfg.teacher.cache = "off"
     run = runs.Run(place / "run")
     run.folder.mkdir()
@@ -149,7 +149,7 @@ def _endless(training: Training, dataset: Any):
 
 
 def against_peak(training: Training, figures: dict[str, Any]) -> dict[str, Any]:
-    """FLOP/s of student (forward and backward: three forwards) and teacher, beside the device's largest matrix product's."""
+    """FLOP/s of the student (forward and backward: three forwards) beside the device's largest matrix product's."""
     from kd import models
 
     batch, size = training.recipe.batch_size, training.student.image_size
@@ -188,14 +188,14 @@ def peak_mib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def advice(training: Training, figures: dict[str, Any], cfg: Config) -> list[dict[str, Any]]:
+def advice(training: Training, figures: dict[str, Any], compiled: bool) -> list[dict[str, Any]]:
     """The three things that would save most of a step, with an estimate of the milliseconds."""
     ms = {p: figures[f"time/{p}_ms"] for p in PARTS}
     network, whole = ms["student"] + ms["backward"], figures["time/step_ms"]
     found = [
         (ms["teacher"], "the teacher's answers are the same for every student: teacher.cache=auto keeps them, and later runs read"),
-        (_from_precision(training, network, cfg), "recipe.precision=bf16: the device multiplies it several times faster"),
-        (0.0 if cfg.recipe.compile == "on" else COMPILE_GAIN * network, "recipe.compile=on, for runs of some 165,000 images or more"),
+        (_from_precision(training, network), "recipe.precision=bf16: the device multiplies it several times faster"),
+        (0.0 if compiled else COMPILE_GAIN * network, "recipe.compile=on, for runs of some 165,000 images or more"),
         (ms["data"] - 0.01 * whole, "the data path waits: raise dataset.memory_gib so that the set is decoded once, or workers"),
         (ms["view"] - 0.02 * whole, "the augmentation: a cheaper augment, such as crop_flip"),
         (ms["optimiser"] / 2, "the optimiser works once a batch: recipe.batch_size twice as large halves its share"),
@@ -205,7 +205,7 @@ def advice(training: Training, figures: dict[str, Any], cfg: Config) -> list[dic
     return [{"saves_ms": round(saves, 3), "what": what} for saves, what in best]
 
 
-def _from_precision(training: Training, network_ms: float, cfg: Config) -> float:
+def _from_precision(training: Training, network_ms: float) -> float:
     from kd import device
 
     gains = not training.autocast and device.fast_bfloat16(training.device)

@@ -46,6 +46,18 @@ def diagnose(loaded: Any, dataset: Any, cfg: Any, device: str, half: bool) -> tu
     return figures, findings
 
 
+def once(loaded: Any, dataset: Any, cfg: Any, device: str, half: bool) -> tuple[dict[str, float], list[Finding]]:
+    """`diagnose`, remembered in this process: a sweep has many students for one teacher."""
+    key = (repr(loaded.source), repr(cfg.teacher), repr(cfg.loss), dataset.digest, device, half)
+    if key not in _DIAGNOSED:
+        _DIAGNOSED[key] = diagnose(loaded, dataset, cfg, device, half)
+    figures, findings = _DIAGNOSED[key]
+    return dict(figures), list(findings)
+
+
+_DIAGNOSED: dict[tuple, tuple[dict[str, float], list[Finding]]] = {}
+
+
 def cases(loaded: Any, split: Any, classes: list[str], device: str, half: bool) -> list[tuple[Case, str | None]]:
     """The teacher, or each member of an ensemble, with the digest of the data that it was trained on."""
     if not isinstance(loaded.classifier, Ensemble):

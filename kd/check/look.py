@@ -59,15 +59,9 @@ def look_at(cfg: Config, dataset: Any, where: str, say: Say, *, count: bool = Tr
     look.teacher = loaded.classifier = teacher.freeze(loaded.classifier, where, half)
     look_at_pair(look, cfg, dataset, loaded, where if count else None)
     if look.trained:
-        key = (repr(loaded.source), repr(cfg.teacher), repr(cfg.loss), dataset.digest, where, half)
-        if key not in _SCORED:  # a sweep has many students for one teacher
-            _SCORED[key] = diagnose.diagnose(loaded, dataset, cfg, where, half)
-        look.figures, findings = _SCORED[key]
+        look.figures, findings = diagnose.once(loaded, dataset, cfg, where, half)
         look.findings += findings
     return look
-
-
-_SCORED: dict[tuple, tuple[dict[str, float], list[Finding]]] = {}
 
 
 def look_at_pair(look: Look, cfg: Config, dataset: Any, loaded: Any, where: str | None) -> None:

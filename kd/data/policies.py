@@ -6,6 +6,7 @@ same name gives image by image (to one grey level: factors are float32 here). Im
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -52,10 +53,16 @@ def _apply(images: Tensor, space: dict, choice: Tensor, bins: Tensor, sign: Tens
     for number, (op, strengths, signed) in enumerate(space.values()):
         if op is None:
             continue
-        amount = strengths(images.shape[-1]).to(images.device)[bins]  # (B,)
+        amount = _on(images.device, strengths, images.shape[-1])[bins]  # (B,)
         amount = torch.where(sign < 0.5, -amount, amount) if signed else amount
         images = _where(chosen == number, op, images, amount[:, None, None, None])
     return images
+
+
+@functools.lru_cache(maxsize=128)
+def _on(device: torch.device, strengths: Callable[[int], Tensor], width: int) -> Tensor:
+    """A table of strengths on a device, copied once: a copy in each step would make the host wait."""
+    return strengths(width).to(device)
 
 
 def _where(mask: Tensor, op: Op, images: Tensor, amount: Tensor) -> Tensor:

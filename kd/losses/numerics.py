@@ -74,9 +74,10 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def counters(*parts: int | Tensor) -> Tensor:
     """One int64 hash of all parts, broadcast together: a pure function of them, on the device of the tensors."""
-    state = torch.zeros((), dtype=torch.int64)
+    where = next((p.device for p in parts if isinstance(p, Tensor)), None)
+    state = torch.zeros((), dtype=torch.int64, device=where)  # made there: a copy would make the host wait
     for part in parts:
-        state = mix((state.to(part.device) if isinstance(part, Tensor) else state) + part + GOLDEN)
+        state = mix(state + part + GOLDEN)
     return state
 
 

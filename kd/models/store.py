@@ -17,6 +17,7 @@ from kd.models.preprocess import Preprocess
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 OWN = "kd.models."  # classes that a config from elsewhere may name
+ALLOWED: set[str] = set()  # and those that this process's own settings name
 CFG_KEYS = ("mean", "std", "interpolation", "crop_pct", "first_conv", "classifier", "pool_size", "fixed_input_size")
 
 
@@ -79,7 +80,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
 def load(path: str | Path, trust: bool = False) -> Classifier:
     """The classifier that `save` wrote into a folder, or beside a `model.safetensors`: the same logits, in eval mode.
 
-    timm's own hub folders load too. `trust` lets the config name classes outside this package.
+    timm's own hub folders load too. `trust` lets the config name classes outside this package that no `allow` named.
     Raises FileNotFoundError for what is not there, ValueError for what does not fit or is not allowed.
     """
     folder = find_folder(path)
@@ -178,11 +179,18 @@ def rebuild_foreign(config: Mapping) -> Classifier:
     return Classifier(network, preprocess, spec, built, theirs.get("label_names"), origin={"weights": "file"})
 
 
+def allow(args: Mapping) -> None:
+    """Let `load` make the class that a user's own settings name, `args._target_`: what runs it has been built by them."""
+    if "_target_" in args:
+        ALLOWED.add(str(args["_target_"]))
+
+
 def check_trusted(value: Any, trust: bool) -> None:
     """Raises ValueError where a config names a class outside this package and was not trusted."""
     if isinstance(value, Mapping):
         target = value.get("_target_")
-        if target is not None and not trust and not str(target).startswith(OWN):
+        known = trust or target is None or str(target).startswith(OWN) or str(target) in ALLOWED
+        if not known:
             raise ValueError(
                 f"the config names {target}, which is not part of kd: loading it would run code from elsewhere. "
                 f"Where you know it, type trust=true"
@@ -211,4 +219,4 @@ def fill(classifier: Classifier, file: Path) -> None:
         ) from error
 
 
-__all__ = ["build", "load", "save"]
+__all__ = ["allow", "build", "load", "save"]

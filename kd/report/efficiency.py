@@ -42,7 +42,46 @@ def sections(gathered: Gathered, folder: Path, measure: bool) -> list[Section]:
         points = _points(cells, costs, taught_by)
         if len({p.name for p in points}) > 1:
             found.append(_section(dataset, points, folder, len(found)))
-    return found
+    return found + benchmarks(gathered)
+
+
+def benchmarks(gathered: Gathered) -> list[Section]:
+    """What `kd.benchmark` measured of these runs: teacher and student in turns, with intervals."""
+    sessions: dict[str, dict[str, Any]] = {}
+    for run in gathered.finished:
+        if figures := run.record.get("benchmark"):
+            sessions.setdefault(names.key(figures), figures)  # one session writes into all its runs
+    tables = [_session(figures) for figures in sessions.values()]
+    return [Section("Benchmarks: teacher and student in turns", [], tables)] if tables else []
+
+
+def _session(figures: dict[str, Any]) -> Table:
+    where, ratios = figures["environment"], {r["name"]: r for r in figures["ratios"]}
+    size = next((r["throughput_batch_size"] for r in figures["ratios"]), None)
+    columns = ["network", "mode", "latency ms p50 [95 %]", "p99", "images/s", "peak MiB"]
+    columns += ["times less latency", f"times less time, batch {size}"]
+    rows = []
+    for cell in figures["cells"]:
+        latency, ratio = cell["latency_ms"], ratios.get(cell["name"], {})
+        best, rate = max(cell["images_per_s"].items(), key=lambda item: item[1]["images_per_s"])
+        peak = (cell.get("peak_mib") or {}).get(best)
+        rows.append(
+            [
+                cell["model"],
+                f"{cell['mode']} {cell['precision']}",
+                f"{latency['p50']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]",
+                f"{latency['p99']:.3f}",
+                f"{rate['images_per_s']:,.0f} (batch {best})",
+                f"{peak:,.0f}" if peak else "",
+                *(_ratio(ratio.get(k)) for k in ("latency", "throughput")),
+            ]
+        )
+    machine = f"{where['device_name']}, {pieces.plural(int(where['threads']), 'thread')}, torch {where['torch']}"
+    return Table(columns, rows, note=f"{machine}; preprocessing counted in. Ratios are to {figures['reference']}.")
+
+
+def _ratio(values: Sequence[float] | None) -> str:
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*values) if values else ""
 
 
 def _points(cells: Sequence[Cell], costs: dict[str, dict[str, float]], taught_by: set[str | None]) -> list[Point]:

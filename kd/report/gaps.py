@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from kd.report.pieces import Section, Table
 from kd.report.rows import Gathered
 
@@ -45,6 +47,13 @@ def _state(cell: dict, status: dict) -> list[str]:
     return [state or "", cell["error"] or (run.record.get("error") if run is not None else "") or ""]
 
 
+def alone(command: str) -> str:
+    """The same command for the student alone: a setting of the teacher's would be refused there."""
+    theirs = ("teacher=", "teacher.", "recipe@teacher.", "augment@teacher.")
+    kept = [word for word in shlex.split(command) if not word.lstrip("+").startswith(theirs)]
+    return shlex.join([*kept, "teacher=none"])
+
+
 def _without_baseline(gathered: Gathered) -> list[list[str]]:
     found: dict[tuple[str, str], set[int]] = {}
     commands: dict[tuple[str, str], str] = {}
@@ -55,5 +64,5 @@ def _without_baseline(gathered: Gathered) -> list[list[str]]:
                 key = (cell.first.student, cell.first.budget)
                 found.setdefault(key, set()).update(missing)
                 typed = cell.first.run.record.get("command")
-                commands.setdefault(key, f"{typed} teacher=none" if typed else "the same command with teacher=none")
+                commands.setdefault(key, alone(typed) if typed else "the same command with teacher=none")
     return [[*key, ", ".join(map(str, sorted(seeds))), commands[key]] for key, seeds in sorted(found.items())]

@@ -191,18 +191,23 @@ def _row(run: runs.Run, parts: dict[str, Any], named: dict[str, dict[str, str]])
 
 
 def to_cells(rows: Iterable[Row]) -> list[Cell]:
-    """Cells in a stable order, each with its baseline and the corrected p-value of the comparison with it."""
+    """Cells in a stable order, each with its baseline and the p-value of the comparison with it.
+
+    It is corrected for the comparisons of its study: those at one budget (data, augmentation and recipe).
+    """
     grouped: dict[tuple, list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.budget, row.student, row.teacher, row.method), []).append(row)
     cells = [Cell(sorted(g, key=lambda r: r.seed)) for _, g in sorted(grouped.items())]
     alone = {(c.first.budget, c.first.student): c for c in cells if c.alone}
-    tested = []
+    studies: dict[str, list[Cell]] = {}
     for cell in cells:
         if not cell.alone:
             cell.baseline = alone.get((cell.first.budget, cell.first.student))
             if cell.gain is not None:
-                tested.append((cell, stats.paired(cell.by_seed(), cell.baseline.by_seed())[1]))
-    for (cell, _), p in zip(tested, stats.holm([p for _, p in tested]), strict=True):
-        cell.p_value = p
+                studies.setdefault(cell.first.budget, []).append(cell)
+    for tested in studies.values():
+        found = [stats.paired(c.by_seed(), c.baseline.by_seed())[1] for c in tested]
+        for cell, p in zip(tested, stats.holm(found), strict=True):
+            cell.p_value = p
     return cells

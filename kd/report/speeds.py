@@ -18,7 +18,8 @@ def network_of(record: dict[str, Any]) -> dict[str, Any]:
     """What a network's cost depends on."""
     student, data = record["config"]["student"], record["dataset"]
     spec = {k: student[k] for k in ("name", "args", "preprocess")}
-    return {**spec, "image_size": data["image_size"], "classes": len(data["classes"])}
+    count = record.get("parameters")  # a student that ships its teacher's head (SimKD) is another network beside each
+    return {**spec, "parameters": count, "image_size": data["image_size"], "classes": len(data["classes"])}
 
 
 def collect(gathered: Gathered, measure: bool) -> dict[str, dict[str, float]]:
@@ -67,7 +68,11 @@ def _measure(group: Sequence[runs.Run]) -> dict[str, Any] | None:
     for run in group:
         folder = run.folder / "checkpoints" / "best"
         if (folder / "config.json").is_file():
-            classifier, record = models.load(folder), run.record
+            try:
+                classifier, record = models.load(folder), run.record
+            except ValueError as error:
+                print(f"warning: {folder} is not timed: {error}", flush=True)
+                return None
             size = record["dataset"]["image_size"]
             channels = classifier.built["in_channels"]
             figures = speed.measure(classifier, size, channels, "cpu")

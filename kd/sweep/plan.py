@@ -131,7 +131,7 @@ def estimate(cells: Sequence[Cell], at_once: int = 1) -> float:
     from kd import prepare, teacher
 
     rates: dict[str, float] = {}
-    started, teachers, total = time.perf_counter(), set(), 0.0
+    teachers, total = set(), 0.0
     jobs: list[tuple[Cell | None, Config, Any]] = []
     for cell in (c for c in cells if c.pending):
         jobs.append((cell, cell.config, cell.dataset))
@@ -140,11 +140,12 @@ def estimate(cells: Sequence[Cell], at_once: int = 1) -> float:
             alone = teacher.teacher_config(cell.config)
             dataset = prepare.open_dataset(alone)
             jobs.append((None, prepare.resolve(alone, dataset), dataset))
+    started = time.perf_counter()
     for cell, cfg, dataset in jobs:
         key = _pair(cfg)
-        if key not in rates and time.perf_counter() - started < PROBE_SECONDS:
+        if not rates or (key not in rates and time.perf_counter() - started < PROBE_SECONDS):
             rates[key] = probe(cfg, dataset)
-        rate = rates.get(key, sum(rates.values()) / len(rates))
+        rate = rates[key] if key in rates else sum(rates.values()) / len(rates)
         seconds = _length(cfg, dataset, rate)
         total += seconds
         if cell is not None:
@@ -185,6 +186,7 @@ def probe(cfg: Config, dataset: Any, warm: int = 1, timed: int = 3) -> float:
 
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
+    cfg = replace(cfg, teacher=replace(cfg.teacher, cache="off"), recipe=replace(cfg.recipe, compile="off"))
     scratch = Scratch()
     scratch.record["environment"] = {**runs.environment(where)}
     try:
