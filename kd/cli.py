@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
     sys.argv[1:] = options_first([rewrite(a) for a in sys.argv[1:]])
     register(_config_dirs(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are
-    _terminable()
+    terminable()
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(Task(job))()
@@ -81,10 +83,12 @@ class Task:
         main = sys.modules["__main__"]
         spec = getattr(main, "__spec__", None)
         self.module = spec.name if job.__module__ == "__main__" and spec else job.__module__
-        self.name = job.__name__
+        self.name, self.pid = job.__name__, os.getpid()
 
     def __call__(self, composed) -> Any:
         """Run the job on the settings that Hydra composed."""
+        if os.getppid() == self.pid:
+            _end_with(self.pid)
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
@@ -97,6 +101,23 @@ class Task:
             if not single and not isinstance(error, Interrupted):
                 raise
             sys.exit(report(error))
+
+
+def _end_with(parent: int) -> None:
+    """End this worker of a launcher when its sweep is killed: it would go on with what is queued, beside the next sweep."""
+    if _WATCHED:
+        return
+    _WATCHED.append(parent)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)  # as a kill would: what is written is whole
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_WATCHED: list[int] = []
 
 
 def report(error: Exception) -> int:
@@ -182,10 +203,9 @@ def _config_dirs(arguments: list[str]) -> list[Path]:
     return folders
 
 
-def _terminable() -> None:
+def terminable() -> None:
     """SIGTERM unwinds like Ctrl-C, so that records are written and locks released."""
     import signal
-    import threading
 
     def stop(signum, frame):
         raise Interrupted(signum)

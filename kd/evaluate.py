@@ -1,4 +1,4 @@
-"""Score a finished run, or a teacher on a dataset: top-1, top-5, NLL, ECE, agreement, per class, confusion.
+"""Score a finished run, or a teacher on a dataset: top-1, top-5, balanced accuracy, F1, NLL, ECE, agreement, per class.
 
 python -m kd.evaluate run=RUN_DIR out=FILE.json
 python -m kd.evaluate teacher=resnet56_a teacher.checkpoint=PATH dataset=folder dataset.root=PATH out=FILE.json
@@ -131,7 +131,8 @@ def score_all(
     first = next(iter(models))
     for role, values in logits.items():
         teacher = logits.get("teacher") if role != "teacher" else None
-        scored = metrics.named(name, metrics.full(values, split.targets, teacher))
+        scored = metrics.full(values, split.targets, teacher) | metrics.macro(values, split.targets)
+        scored = metrics.named(name, scored)
         found |= {n if role == first else f"{role}/{n}": v for n, v in scored.items()}
     matrix = metrics.confusion(logits[first], split.targets)
     recalls = metrics.per_class(matrix)
@@ -159,13 +160,13 @@ def show(
     from rich.table import Table
 
     table = Table(title=f"{split} split")
-    for column in ("", "top-1 %", "top-5 %", "NLL", "ECE %", "agreement with teacher %"):
+    for column in ("", "top-1 %", "top-5 %", "balanced %", "F1 %", "NLL", "ECE %", "agreement with teacher %"):
         table.add_column(column, justify="left" if not column else "right")
     for at, role in enumerate(models):
         prefix = f"{split}/" if at == 0 else f"{role}/{split}/"
         shown = [
             _percent(found, prefix + n) if n != "nll" else f"{found[prefix + n]:.3f}"
-            for n in ("top1", "top5", "nll", "ece", "agreement")
+            for n in ("top1", "top5", "balanced", "f1", "nll", "ece", "agreement")
         ]
         table.add_row(role, *shown)
     Console().print(table)

@@ -45,6 +45,17 @@ def full(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) 
     return found
 
 
+def macro(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Means over classes, for sets whose classes differ in size: balanced accuracy and F1, by torchmetrics."""
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+    guess, classes = logits.argmax(1), logits.shape[1]
+    return {
+        "balanced": multiclass_accuracy(guess, targets, classes, average="macro").item(),
+        "f1": multiclass_f1_score(guess, targets, classes, average="macro").item(),
+    }
+
+
 def calibration_error(probs: Tensor, targets: Tensor, bins: int = 15) -> float:
     """Expected calibration error as torchmetrics has it, whose import takes 6 s: the gap of confidence and accuracy."""
     confidence, guess = probs.double().max(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kd import compose, run, runs
+from kd import cli, compose, run, runs
 
 TEACHER, STUDENT = "resnet20", "resnet8"
 
@@ -61,7 +61,7 @@ def show(rows: list[tuple[str, dict]]) -> None:
 
 
 def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
-    """Accuracy as bars, and the validation curves of the two students beside it."""
+    """Test accuracies, and the validation curves of the two students beside it."""
     import json
 
     import matplotlib
@@ -70,26 +70,21 @@ def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     colours = ["#4d4d4d", "#e69f00", "#0072b2"]
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (dots, curves) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for at, (name, record) in enumerate(rows):
         top1 = 100 * record["metrics"]["test/top1"]
-        bars.barh(at, top1, color=colours[at])
-        bars.text(
-            top1 - 0.5,
-            at,
-            f"{top1:.1f} %  ({record['efficiency']['parameters'] / 1e3:,.0f} k parameters)",
-            ha="right",
-            va="center",
-            color="white",
-        )
+        dots.plot(top1, at, "o", color=colours[at], markersize=11)
+        size = f"{record['efficiency']['parameters'] / 1e3:,.0f} k parameters"
+        dots.annotate(f"{top1:.1f} %, {size}", (top1, at), (0, 12), textcoords="offset points", ha="center")
         lines = (path.parent / record["name"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found = [(r["epoch"], 100 * r["val/top1"]) for r in map(json.loads, lines) if "val/top1" in r]
         if at:
             curves.plot(*zip(*found, strict=True), color=colours[at], label=name)
-    bars.set_yticks(range(len(rows)), [name for name, _ in rows])
-    bars.invert_yaxis()
-    bars.set_xlabel("test top-1 (%)")
-    bars.set_xlim(left=min(80, 100 * min(r["metrics"]["test/top1"] for _, r in rows) - 5), right=100)
+    dots.set_yticks(range(len(rows)), [name for name, _ in rows])
+    dots.set_ylim(len(rows) - 0.5, -0.7)
+    dots.set_xlabel("test top-1 (%)")
+    dots.margins(x=0.3)
+    dots.grid(axis="x", alpha=0.3)
     curves.set_xlabel("epoch")
     curves.set_ylabel("validation top-1 (%)")
     curves.legend(loc="lower right")
@@ -99,4 +94,10 @@ def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    cli.terminable()
+    try:
+        main()
+    except Exception as error:
+        sys.exit(cli.report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)

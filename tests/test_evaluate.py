@@ -22,6 +22,18 @@ def test_figures_from_known_logits():
     assert found["ece"] == pytest.approx(confidence - 0.75, abs=1e-6)
     assert metrics.confusion(logits, targets).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert metrics.per_class(metrics.confusion(logits, targets)) == [1.0, 1.0, 0.5]
+    means = metrics.macro(logits, targets)
+    assert means == {"balanced": pytest.approx(2.5 / 3), "f1": pytest.approx((1 + 2 / 3 + 2 / 3) / 3)}
+
+
+def test_calibration_is_that_of_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    generator = torch.Generator().manual_seed(0)
+    probs = (3 * torch.randn(500, 7, generator=generator)).softmax(1)
+    targets = torch.randint(7, (500,), generator=generator)
+    theirs = multiclass_calibration_error(probs, targets, 7, n_bins=15, norm="l1").item()
+    assert metrics.calibration_error(probs, targets) == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_run_is_scored_with_its_teacher_and_baseline(tiny, tmp_path, command):

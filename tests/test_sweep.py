@@ -185,14 +185,15 @@ def outcome(folder: Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_killed_at_five_random_moments_it_ends_as_if_never_killed(tiny, tmp_path):
     shared = [a for a in tiny if not a.startswith("runs_dir=")]
-    arguments = ["-m", *shared, "recipe.steps=80", "teacher.recipe.steps=80", "teacher.min_top1=0", "baseline=off"]
+    arguments = ["-m", *shared, "recipe.steps=120", "teacher.recipe.steps=80", "teacher.min_top1=0", "baseline=off"]
     arguments += ["teacher=none,resnet8", "teacher.args.width=2", "seed=0,1", "sweep_name=s"]
     arguments[arguments.index("teacher.args.width=2")] = "+teacher.args.width=2"
     call = [sys.executable, "-m", "kd.train", *arguments]
     subprocess.run([*call, f"runs_dir={tmp_path / 'whole'}"], check=True, capture_output=True)
     killed, generator = [*call, f"runs_dir={tmp_path / 'killed'}"], random.Random(0)
-    for _ in range(5):
-        kill_amid(killed, tmp_path / "killed", generator.uniform(0, 1))
+    side = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    for more in ([], [], [], side, side):
+        kill_amid([*killed, *more], tmp_path / "killed", generator.uniform(0, 1))
     subprocess.run(killed, check=True, capture_output=True)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 

@@ -25,8 +25,8 @@ def _sentences(gathered: Gathered) -> list[str]:
     said = [
         "Test top-1. 'best' is the epoch with the best validation accuracy, 'last' the end of training. Intervals are "
         "Student's t over seeds, 95 %; they do not cover the choice of test images. The gain is over the same student "
-        "alone at the same budget, paired by seed; p is of the paired t-test, corrected by Holm's method over all "
-        "comparisons of this report."
+        "alone at the same budget, paired by seed; p is of the paired t-test, corrected by Holm's method over the "
+        "comparisons at that budget. There is neither for one seed, nor where all differences are equal."
     ]
     sizes = {(c.first.dataset, c.first.run.record["dataset"].get("test")) for c in gathered.cells}
     said += [f"{d}: one of {n} test images is {100 / n:.2f} points." for d, n in sorted(sizes, key=str) if n]
