@@ -193,6 +193,20 @@ def advance(training: Training, raw: Batch, meter: Meter, tracker: Any, console:
         _flush(training, meter, tracker, console)
 
 
+def timed_steps(training: Training, split: Any, count: int) -> list[float]:
+    """Seconds of each of so many steps of the first epoch, again and again where it is shorter; the device is waited for."""
+    times: list[float] = []
+    while len(times) < count:
+        for raw in split.epoch(0, training.recipe.batch_size, training.seed, device=training.device):
+            started = time.perf_counter()
+            train_step(training, raw).sum().item()
+            apply_step(training)
+            times.append(time.perf_counter() - started)
+            if len(times) == count:
+                break
+    return times
+
+
 def fit(
     training: Training,
     validate: Callable[[nn.Module], dict[str, float]] | None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -279,18 +278,11 @@ def check_kept_epochs(training: Training) -> None:
 
 def probe_steps(training: Training, dataset: Any, warm: int = 2, timed: int = 6) -> int:
     """How many steps fit into `recipe.minutes`, from a few steps on copies."""
-    from kd.loop import apply_step, train_step
+    from kd.loop import timed_steps
 
     saved = copy.deepcopy((training.student.state_dict(), training.loss.state_dict(), training.optimizer.state_dict()))
-    training.steps, times = warm + timed, []
-    while len(times) < warm + timed:
-        for raw in dataset.train.epoch(0, training.recipe.batch_size, training.seed, device=training.device):
-            started = time.perf_counter()
-            train_step(training, raw).sum().item()
-            apply_step(training)
-            times.append(time.perf_counter() - started)
-            if len(times) == warm + timed:
-                break
+    training.steps = warm + timed
+    times = timed_steps(training, dataset.train, warm + timed)
     training.optimizer.zero_grad(set_to_none=True)
     training.student.load_state_dict(saved[0])
     training.loss.load_state_dict(saved[1])

@@ -105,7 +105,10 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, method: str) -> list[Fi
             teachers.index((cell.first.teacher_family or "", cell.first.teacher)),
         )
         grid[at] = 100 * cell.gain.value
-        half = f"\n± {50 * (cell.gain.high - cell.gain.low):.1f}" if cell.gain.low is not None else "\none seed"
+        if cell.gain.low is not None:
+            half = f"\n± {50 * (cell.gain.high - cell.gain.low):.1f}"
+        else:
+            half = "\none seed" if cell.gain.n == 1 else "\nequal seeds"
         words[at] = f"{100 * cell.gain.value:+.1f}{half}"
     caption = f"{method}: gain over the student alone, points, ± half the 95 % interval; framed: same family"
     height = 1.6 + 0.62 * len(students)

@@ -102,7 +102,7 @@ def _gain_sentence(cell: Cell) -> str:
         f"The best student, taught by {cell.first.teacher}, gains {pieces.points(gain.value)} points over itself alone"
     )
     if gain.low is None:
-        return f"{text}; one seed, so not resolved."
+        return f"{text}; {'one seed' if gain.n == 1 else 'all seeds equal'}, so not resolved."
     word = "resolved" if sure_gain(cell) else "not resolved"
     if gain.resolved and word != "resolved":
         word += " (the interval alone leaves out zero, but there are many comparisons)"

@@ -182,7 +182,7 @@ class Scratch(Run):
 def probe(cfg: Config, dataset: Any, warm: int = 1, timed: int = 3) -> float:
     """Seconds of a training step: the fastest of a few, with a teacher of random weights in the teacher's place."""
     from kd import device, prepare, runs
-    from kd.loop import apply_step, train_step
+    from kd.loop import timed_steps
 
     where = device.pick_device(cfg.device)
     device.set_up(where, cfg.threads)
@@ -191,15 +191,7 @@ def probe(cfg: Config, dataset: Any, warm: int = 1, timed: int = 3) -> float:
     scratch.record["environment"] = {**runs.environment(where)}
     try:
         training = prepare.assemble(cfg, dataset, _stand_in(cfg, dataset, where), where, scratch, lambda _: None)
-        times: list[float] = []
-        for raw in dataset.train.epoch(0, cfg.recipe.batch_size, cfg.seed, device=where):
-            started = time.perf_counter()
-            train_step(training, raw).sum().item()
-            apply_step(training)
-            times.append(time.perf_counter() - started)
-            if len(times) == warm + timed:
-                break
-        return min(times[warm:] or times)
+        return min(timed_steps(training, dataset.train, warm + timed)[warm:])
     except (RuntimeError, TypeError, AttributeError, *ERRORS):
         return 0.05  # the cell itself will say what is wrong with it
 
