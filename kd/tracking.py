@@ -301,7 +301,7 @@ def open_tracker(run: Any, cfg: Config) -> Tracker:
 
 
 def publish(tracker: Tracker, run: Any, teacher: Any, predictions: Callable[[], Any] | None = None) -> None:
-    """Final figures, teacher and best student as artifacts, pictures and predictions.
+    """Final figures, teacher and best student as artifacts, and predictions.
 
     `predictions` gives (columns, rows) of the table of test images; it is asked only where a table goes anywhere.
     """
@@ -313,8 +313,6 @@ def publish(tracker: Tracker, run: Any, teacher: Any, predictions: Callable[[], 
         publish_teacher(tracker, run, teacher)
     metadata = {"role": "student", **facts_of(record, best)}
     tracker.artifact(run.name, model_files(best, record), metadata, about=read_card(best))
-    for picture in sorted((run.folder / "plots").glob("*.png")):
-        tracker.image(f"plots/{picture.stem}", picture)
     if predictions is not None and (found := predictions()):
         tracker.table("test/predictions", *found)
 

@@ -86,3 +86,12 @@ def test_near_misses():
 def test_losses_compose_as_a_list():
     cfg = compose("loss=[kd,at]")
     assert {"ce", "kd", "at"} <= set(cfg.loss)
+
+
+def test_a_bare_off_in_yaml_means_off(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nteacher: {cache: off}\nrecipe: {compile: on}\nbaseline: off\n"
+    )
+    cfg = compose("+experiment=mine", "teacher=resnet8", config_dir=tmp_path)
+    assert (cfg.teacher.cache, cfg.recipe.compile, cfg.baseline) == ("off", "on", "off")

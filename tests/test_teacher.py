@@ -167,3 +167,13 @@ def test_weights_of_another_network_are_named(tiny, tmp_path, classifier):
     save_file({n: v.clone() for n, v in classifier.network.state_dict().items()}, path)
     with pytest.raises((UserError, ValueError), match=r"resnet14|expected|match"):
         run(compose(*tiny, "teacher=resnet14", f"teacher.checkpoint={path}", "recipe.steps=1"))
+
+
+def test_a_resumed_run_wants_its_teacher_in_the_precision_that_it_began_in(tmp_path):
+    from kd import prepare
+
+    this = runs.Run(tmp_path)
+    this.record = {"started_on": {"threads": 1}, "teacher": {"precision": "bf16"}}
+    prepare.require_same_precision(this, half=True)
+    with pytest.raises(UserError, match="begun with a teacher in bf16"):
+        prepare.require_same_precision(this, half=False)
