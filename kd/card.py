@@ -167,6 +167,7 @@ def _cost(record: dict[str, Any]) -> str:
         f"{cost['precision']}, preprocessing counted in, on {machine['device_name']} ({_threads(cost['threads'])}, "
         f"torch {machine['torch']}): {cost['latency_ms']:.2f} ms for one image, {cost['images_per_s']:,.0f} images/s "
         f"in batches of {cost['batch_size']}."
+        f"{' The machine was busy with other things: these times mean little.' if cost.get('disturbed') else ''}"
     )
     more = "`python -m kd.benchmark run=RUN_DIR` measures it with intervals, beside the teacher."
     return f"## Efficiency\n\n{size} {speed} {more}"

@@ -34,6 +34,8 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
         return print(help_text(about, _config_dirs(sys.argv[1:])))
     import hydra
 
+    if config_name in ("evaluate", "benchmark", "export"):  # a path alone is the run
+        sys.argv[1:] = [f"run={a}" if "=" not in a and (Path(a) / "run.json").is_file() else a for a in sys.argv[1:]]
     sys.argv[1:] = options_first([rewrite(a) for a in sys.argv[1:]])
     register(_config_dirs(sys.argv[1:]))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are

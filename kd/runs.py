@@ -136,6 +136,10 @@ class Run:
         self.folder = folder
         self.record: dict[str, Any] = read_record(folder) or {}
 
+    def __repr__(self) -> str:
+        top1 = self.record.get("metrics", {}).get("test/top1")
+        return f"Run({str(self.folder)!r}, {self.status}" + (f", test/top1={top1:.4f})" if top1 is not None else ")")
+
     @property
     def name(self) -> str:
         """The directory's name."""

@@ -58,6 +58,8 @@ def show(rows: list[tuple[str, dict]]) -> None:
             f"{cost['images_per_s']:,.0f}",
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
+    if any(record["efficiency"].get("disturbed") for _, record in rows):
+        print("The machine was busy with other things while these were timed: latency and images/s mean little.")
 
 
 def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
@@ -83,7 +85,7 @@ def draw(rows: list[tuple[str, dict]], path: Path) -> Path:
     dots.set_yticks(range(len(rows)), [name for name, _ in rows])
     dots.set_ylim(len(rows) - 0.5, -0.7)
     dots.set_xlabel("test top-1 (%)")
-    dots.margins(x=0.3)
+    dots.margins(x=0.7)
     dots.grid(axis="x", alpha=0.3)
     curves.set_xlabel("epoch")
     curves.set_ylabel("validation top-1 (%)")

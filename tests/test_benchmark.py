@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -152,3 +155,19 @@ def test_speed_summary_is_short_and_complete(made):
 
 def test_composes():
     assert compose("run=x", config_name="benchmark").batch_sizes == [1, 8, 64, 256]
+
+
+def test_others_at_work_are_counted():
+    from kd.benchmark import speed
+
+    if (before := speed.others_at_work()) is None:
+        pytest.skip("needs /proc/loadavg")
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        time.sleep(0.5)
+        assert speed.others_at_work() > before + 2
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
+    assert speed.disturbed(8.0 * 64) and not speed.disturbed(0.0) and not speed.disturbed(None)

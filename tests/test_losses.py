@@ -544,3 +544,10 @@ def test_every_loss_falls_on_toy_networks(file, kind, monkeypatch):
         nn.utils.clip_grad_norm_([*student.parameters(), *total.parameters()], 5.0)
         optimizer.step()
     assert min(values[-5:]) < values[1]
+
+
+def test_a_misspelt_argument_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no temprature\. Did you mean temperature"):
+        losses.build({"kd": {"_target_": "kd.losses.SoftTargets", "temprature": 3}})
+    with pytest.raises(ValueError, match="temperature=0: expected a number above 0"):
+        losses.build({"kd": {"_target_": "kd.losses.SoftTargets", "temperature": 0}})

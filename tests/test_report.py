@@ -176,6 +176,29 @@ def test_efficiency_marks_the_front():
     assert efficiency.front(points, "latency_ms") == [True, False, True]
 
 
+def test_a_network_that_was_not_timed_leaves_the_others_their_figures(tmp_path):
+    def point(name, top1, **cost):
+        from kd.stats import mean
+
+        counted = {"parameters": 10, "macs": 1e6, "size_mib": 0.1}
+        return efficiency.Point(name, "student alone", mean([top1]), {**counted, **cost}, "")
+
+    points = [point("a", 0.8, latency_ms=1.0), point("b", 0.9, latency_ms=2.0), point("own", 0.95)]
+    section = efficiency._section("digits", points, tmp_path, 0)
+    (table,) = section.tables
+    column = table.columns.index("latency ms (1 image)")
+    assert [row[column] for row in table.rows] == ["1.00 *", "2.00 *", ""]
+    assert {f.png.stem for f in section.figures} == {"efficiency_latency_ms", "efficiency_size_mib"}
+
+
+def test_long_names_leave_a_picture_its_room():
+    shown = behaviour._wrap(
+        "resnet20 (recipe.epochs=2), kd (ce.weight=0.1, kd.temperature=4, kd.weight=0.9, and more)", "resnet8"
+    )
+    assert len(shown.splitlines()) == 3
+    assert max(map(len, shown.splitlines())) <= 48
+
+
 def test_results_grey_what_was_picked_on_the_test_set(folder):
     folder.add(select="test")
     folder.add(select="val")

@@ -22,7 +22,7 @@ def figures(tmp_path_factory):
     )
     found = steptime.report(cfg, said.append)
     assert json.loads((place / "f.json").read_text()) == found
-    assert {p.name for p in (place / "runs").iterdir()} == {".store"}  # no run, no cache
+    assert {p.name for p in (place / "runs").iterdir()} <= {".store"}  # no run, no cache
     return found, "\n".join(said)
 
 

@@ -84,7 +84,7 @@ def test_the_teacher_is_trained_once(command, tiny, folder):
     teacher = ["teacher=resnet8", "teacher.args.width=2", "teacher.recipe.steps=3", "teacher.min_top1=0"]
     code, out, _ = command("train", "-m", *tiny, *SHORT, *teacher, "seed=0,1", "sweep_name=s")
     assert code == 0
-    assert "2 to run, 1 teachers to train first" in out
+    assert "2 to run, 1 teacher to train first" in out
     assert len(runs.records(folder)) == 3
 
 

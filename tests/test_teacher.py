@@ -177,3 +177,13 @@ def test_a_resumed_run_wants_its_teacher_in_the_precision_that_it_began_in(tmp_p
     prepare.require_same_precision(this, half=True)
     with pytest.raises(UserError, match="begun with a teacher in bf16"):
         prepare.require_same_precision(this, half=False)
+
+
+def test_a_broken_teacher_is_named(tiny):
+    settings = [*tiny, "teacher=resnet8", "teacher.args.width=4", "teacher.recipe.steps=3", "recipe.steps=2"]
+    cfg = compose(*settings, "teacher.min_top1=0", "baseline=off")
+    taught = run(cfg)
+    weights = taught.folder.parent / taught.record["teacher"]["run"] / "checkpoints" / "best" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
+    with pytest.raises(UserError, match=r"is broken: model\.safetensors"):
+        run(compose(*settings, "teacher.min_top1=0", "baseline=off", "seed=1"))

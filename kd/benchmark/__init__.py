@@ -13,7 +13,6 @@ Everything is measured in turns in one process. Preprocessing is counted in, and
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
     from kd.benchmark.timing import Times
     from kd.config import BenchmarkConfig
-
-
-BUSY = 0.7  # load a core
 
 
 def main() -> None:
@@ -99,15 +95,16 @@ def benchmark(cfg: BenchmarkConfig, say: Callable[[str], None] = print) -> dict[
 
 
 def busy(say: Callable[[str], None]) -> float | None:
-    """The machine's load before measuring, a core; said where others are at work."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    if load > BUSY:
+    """How many others want a core before measuring; said where they leave too few."""
+    from kd.benchmark import speed
+
+    others = speed.others_at_work()
+    if speed.disturbed(others):
         say(
-            f"warning: the machine is busy (load {load:.1f} a core). Long calls are interrupted more than short ones: ratios come out too large"
+            f"warning: the machine is busy ({others:.1f} others at work). Long calls are interrupted more than short ones: "
+            "ratios come out too large"
         )
-    return round(load, 2)
+    return others
 
 
 def check(cfg: BenchmarkConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from kd import models
 
 SECONDS = 0.8  # for each of latency and throughput
 BATCH = 64
+BUSY = 0.25  # others at work, a core
 
 
 @torch.inference_mode()
@@ -44,6 +46,24 @@ def _median_seconds(classifier: torch.nn.Module, images: torch.Tensor, seconds: 
     return statistics.median(times[2:] if len(times) > 4 else times[1:])
 
 
+def others_at_work(samples: int = 10, apart: float = 0.03) -> float | None:
+    """How many other threads of this machine want a core just now, a mean of some looks; None where it cannot be told."""
+    found = []
+    for _ in range(samples):
+        try:
+            running = Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]
+        except OSError:
+            return None
+        found.append(int(running) - 1)  # this one
+        time.sleep(apart)
+    return sum(found) / samples
+
+
+def disturbed(others: float | None) -> bool:
+    """Whether so many others leave too few cores to time anything."""
+    return others is not None and others > BUSY * (os.cpu_count() or 1)
+
+
 def size_mib(weights: Path) -> float:
     """A weights file's size."""
     return weights.stat().st_size / 2**20
@@ -59,6 +79,7 @@ def summary(
             "macs": models.count_macs(classifier, dataset.image_size),
         }
         return {**counted, "size_mib": size_mib(weights)}
+    others = others_at_work()
     figures = measure(classifier, dataset.image_size, dataset.channels, device)
     return {
         **figures,
@@ -66,4 +87,5 @@ def summary(
         "precision": "fp32",
         "batch_size": BATCH,
         "threads": torch.get_num_threads(),
+        "disturbed": disturbed(others),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kd.contracts import Batch, Output
+from kd.hints import did_you_mean
 from kd.losses.term import Term
 
 
@@ -46,11 +48,28 @@ def make(name: str, spec: Mapping) -> Term:
             f"does not have. Add it (loss=[...,{name}]) or drop the override."
         )
     try:
-        return locate(target)(**arguments)
+        term = locate(target)(**arguments)
+        if isinstance(heat := getattr(term, "temperature", 1.0), (int, float)) and not heat > 0:
+            raise ValueError(f"temperature={heat:g}: expected a number above 0")
+        return term
     except ValueError as error:
         raise ValueError(f"loss term '{name}': {error}") from error
     except TypeError as error:
-        raise ValueError(f"loss term '{name}' ({target}): {error}") from error
+        known = sorted({k for c in locate(target).__mro__ if issubclass(c, Term) for k in options_of(c)})
+        strange = [k for k in arguments if k not in known]
+        said = (
+            f"there is no {strange[0]}.{did_you_mean(strange[0], known)} It takes {', '.join(known)}"
+            if strange
+            else error
+        )
+        raise ValueError(f"loss term '{name}' ({target}): {said}") from error
+
+
+def options_of(cls: type) -> list[str]:
+    """The named arguments of a class's own constructor."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(cls.__init__).parameters.values() if "__init__" in vars(cls) else ()
+    return [p.name for p in found if p.kind in kinds and p.name != "self"]
 
 
 def build(terms: Mapping[str, Mapping]) -> LossSum:

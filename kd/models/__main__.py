@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 HELP = """examples:
@@ -25,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("names", nargs="*", help="presets or timm names; all presets by default")
     made.add_argument("--classes", type=int, default=100, help="width of the head (100)")
     made.add_argument("--size", type=int, default=32, help="pixels of an image's side (32)")
+    made.add_argument("--config-dir", type=Path, help="a folder of your own with model/*.yaml")
     made.add_argument("--search", metavar="PATTERN", help="search timm's networks, such as 'vit*'")
     form = made.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a list of objects with name, family, parameters, macs, ...")
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     from kd.models import catalogue
 
+    catalogue.also(args.config_dir)
     if args.search:
         return show_search(catalogue.search(args.search), args)
     try:

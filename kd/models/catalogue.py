@@ -24,8 +24,16 @@ def presets() -> dict[str, dict]:
     """{preset: what its YAML says}, by name."""
     import yaml
 
-    files = sorted(model_dir().glob("*.yaml"), key=lambda f: natural(f.stem))
+    files = sorted((f for d in (model_dir(), *OWN) for f in d.glob("*.yaml")), key=lambda f: natural(f.stem))
     return {f.stem: yaml.safe_load(f.read_text(encoding="utf-8")) for f in files}
+
+
+OWN: list[Path] = []  # folders of a user's presets
+
+
+def also(config_dir: Path | None) -> None:
+    """Count the presets in a user's `config_dir`/model too."""
+    OWN[:] = [config_dir / "model"] if config_dir else []
 
 
 def natural(name: str) -> tuple:

@@ -193,7 +193,7 @@ def check_trusted(value: Any, trust: bool) -> None:
         if not known:
             raise ValueError(
                 f"the config names {target}, which is not part of kd: loading it would run code from elsewhere. "
-                f"Where you know it, type trust=true"
+                f"Where you know it, type trust=true (kd.predict: --trust)"
             )
         for inner in value.values():
             check_trusted(inner, trust)

@@ -25,6 +25,7 @@ class Settings:
     out: str | None = None  # null: runs_dir/report
     wandb: str | None = None  # a W&B project to send it to
     speed: str = "on"
+    trust: bool = False  # time networks whose classes are not kd's
     threads: int | None = None
 
 
@@ -54,6 +55,9 @@ def parse(arguments: list[str]) -> Settings:
         setattr(settings, key, None if value in ("", "null") else value)
     if settings.speed not in ("on", "off"):
         raise ConfigError(f"speed={settings.speed}: expected on or off")
+    if settings.trust not in (False, "true", "false"):
+        raise ConfigError(f"trust={settings.trust}: expected true or false")
+    settings.trust = settings.trust == "true"
     if settings.threads is not None:
         if not str(settings.threads).isdigit() or int(settings.threads) < 1:
             raise ConfigError(f"threads={settings.threads}: expected a whole number above 0")
@@ -82,7 +86,7 @@ def report(settings: Settings) -> Path:
     sections = [
         *quality.sections(gathered, plots),
         *cross.sections(gathered, plots),
-        *efficiency.sections(gathered, plots, measure=settings.speed == "on"),
+        *efficiency.sections(gathered, plots, measure=settings.speed == "on", trust=settings.trust),
         *behaviour.sections(gathered, plots),
         *trials.sections(gathered, plots),
         *results.sections(gathered),

@@ -66,7 +66,7 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, budget: str) -> list[Fi
     classes = cells[0].first.run.record["dataset"]["classes"]
     grid = np.array([np.mean([r.run.record["per_class"]["student"] for r in c.rows], axis=0) for c in cells])
     titles = [_wrap("alone" if c.alone else f"{c.first.teacher}, {c.first.method}", c.first.student) for c in cells]
-    with plots.canvas(folder, name, f"Recall of each class; {budget}", height=1.0 + 0.42 * len(cells)) as (
+    with plots.canvas(folder, name, f"Recall of each class; {budget}", height=1.2 + 0.5 * len(cells)) as (
         _,
         axes,
         saved,
@@ -84,11 +84,14 @@ def draw(cells: Sequence[Cell], folder: Path, name: str, budget: str) -> list[Fi
                 color="white" if value < middle else "black",
             )
         axes.set_xticks(range(len(classes)), classes, fontsize=8, rotation=0 if max(map(len, classes)) < 4 else 60)
-        axes.set_yticks(range(len(cells)), titles, fontsize=8)
+        axes.set_yticks(range(len(cells)), titles, fontsize=7)
         axes.grid(False)
         axes.set_xlabel("class; numbers are recall (%)")
     return saved
 
 
 def _wrap(how: str, student: str) -> str:
-    return f"{student}\n{how}"
+    """Two or three lines at most: a picture's labels may not push its axes aside."""
+    import textwrap
+
+    return "\n".join([student[:48], *textwrap.wrap(how, 48, max_lines=2, placeholder=" ...")])

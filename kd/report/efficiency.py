@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,9 @@ class Point:
     images: int | None = None  # that it was trained on
 
 
-def sections(gathered: Gathered, folder: Path, measure: bool) -> list[Section]:
+def sections(gathered: Gathered, folder: Path, measure: bool, trust: bool = False) -> list[Section]:
     """One for each dataset of which there are at least two networks."""
-    costs = speeds.collect(gathered, measure)
+    costs = speeds.collect(gathered, measure, trust)
     taught_by = {(r.run.record.get("teacher") or {}).get("run") for c in gathered.cells for r in c.rows}
     found = []
     for dataset, cells in sorted(gathered.groups(lambda c: c.first.dataset, lambda c: c.first.honest).items()):
@@ -100,18 +101,19 @@ def _points(cells: Sequence[Cell], costs: dict[str, dict[str, float]], taught_by
 
 
 def _section(dataset: str, points: list[Point], folder: Path, at: int) -> Section:
-    measured = [a for a in AXES if all(a in p.cost for p in points)]
-    fronts = {a: front(points, a) for a in measured}
+    measured = [a for a in AXES if any(a in p.cost for p in points)]
+    fronts = {a: front(points, a) for a in measured}  # a network that could not be timed is on none
     section = Section(f"Efficiency on {dataset}", _sentences(points), [_table(points, measured, fronts)])
     for axis in measured:
-        section.figures += draw(points, axis, fronts[axis], folder, f"efficiency{at or ''}_{axis}")
+        shown = [(p, on) for p, on in zip(points, fronts[axis], strict=True) if axis in p.cost]
+        section.figures += draw(*zip(*shown, strict=True), folder, f"efficiency{at or ''}_{axis}", axis)
     return section
 
 
 def front(points: Sequence[Point], axis: str) -> list[bool]:
     """Which points no other beats in accuracy and this figure."""
     sign = AXES[axis][2]
-    return stats.pareto([(sign * p.cost[axis], p.top1.value) for p in points])
+    return stats.pareto([(sign * p.cost[axis] if axis in p.cost else math.inf, p.top1.value) for p in points])
 
 
 def _sentences(points: Sequence[Point]) -> list[str]:
@@ -125,6 +127,8 @@ def _sentences(points: Sequence[Point]) -> list[str]:
         )
     else:
         said.append("Not timed here: python -m kd.report speed=on measures every network once, alone.")
+    if any(p.cost.get("disturbed") for p in points):
+        said.append("The machine was busy with other things while some were timed: their times mean little.")
     images = {kind: sorted({p.images for p in points if p.kind == kind and p.images}) for kind in KINDS}
     if len({tuple(i) for i in images.values() if i}) > 1:
         shown = ", ".join(f"{kind} {' or '.join(map(str, i))}" for kind, i in images.items() if i)
@@ -139,7 +143,7 @@ def _sentences(points: Sequence[Point]) -> list[str]:
 def _against(teacher: Point, student: Point) -> str:
     ours, theirs = student.cost, teacher.cost
     parts = [_times(theirs["size_mib"] / ours["size_mib"], "smaller", "larger")]
-    if "latency_ms" in ours and "latency_ms" in theirs:
+    if "latency_ms" in ours and "latency_ms" in theirs and not (ours.get("disturbed") or theirs.get("disturbed")):
         parts.append(_times(theirs["latency_ms"] / ours["latency_ms"], "faster", "slower") + " on one image")
         parts.append(_times(ours["images_per_s"] / theirs["images_per_s"], "the throughput", "less throughput"))
     lost = pieces.points(student.top1.value - teacher.top1.value)
@@ -157,7 +161,7 @@ def _table(points: Sequence[Point], measured: Sequence[str], fronts: dict[str, l
     rows = []
     for i in order:
         p = points[i]
-        figures = [f"{_figure(p.cost[a])}{' *' if fronts[a][i] else ''}" for a in measured]
+        figures = [f"{_figure(p.cost[a])}{' *' if fronts[a][i] else ''}" if a in p.cost else "" for a in measured]
         rows.append(
             [
                 p.name,
@@ -178,7 +182,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def draw(points: Sequence[Point], axis: str, on_front: Sequence[bool], folder: Path, name: str) -> list[Figure]:
+def draw(points: Sequence[Point], on_front: Sequence[bool], folder: Path, name: str, axis: str) -> list[Figure]:
     """Accuracy against one cost, the front as a line."""
     with plots.canvas(
         folder, name, f"Accuracy against {AXES[axis][1].split(' (')[0]}; the line is the Pareto front"

@@ -22,7 +22,7 @@ def network_of(record: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "parameters": count, "image_size": data["image_size"], "classes": len(data["classes"])}
 
 
-def collect(gathered: Gathered, measure: bool) -> dict[str, dict[str, float]]:
+def collect(gathered: Gathered, measure: bool, trust: bool = False) -> dict[str, dict[str, float]]:
     """Network -> figures. With `measure` all are timed here, on one machine, so that they can be compared."""
     by_network: dict[str, list[runs.Run]] = {}
     for run in gathered.finished:
@@ -34,33 +34,41 @@ def collect(gathered: Gathered, measure: bool) -> dict[str, dict[str, float]]:
     if not measure:
         return counted
     store = gathered.runs_dir / STORE
-    timed = _timed(by_network, store)
+    timed = _timed(by_network, store, trust)
     return {n: {**counted[n], **timed.get(n, {})} for n in counted}
 
 
-def _timed(by_network: dict[str, list[runs.Run]], store: Path) -> dict[str, dict[str, Any]]:
+def _timed(by_network: dict[str, list[runs.Run]], store: Path, trust: bool) -> dict[str, dict[str, Any]]:
     import torch
 
+    from kd.benchmark import speed
     from kd.sweep import read
 
     here = {"device_name": runs.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     kept = read(store) or {}
     known = kept.get("networks", {}) if kept.get("machine") == here else {}
+    disturbed = speed.disturbed(speed.others_at_work())
+    if disturbed:
+        print(
+            "warning: the machine is busy: what is timed now means little, and is not kept for the next report",
+            flush=True,
+        )
+    passing = {}
     for number, (network, group) in enumerate(by_network.items(), 1):
-        if network not in known and (figures := _measure(group)):
+        if network not in known and (figures := _measure(group, trust)):
             print(
                 f"measuring network {number} of {len(by_network)}: {group[0].record['config']['student']['name']}",
                 flush=True,
             )
-            known[network] = {**figures, **here}
+            (passing if disturbed else known)[network] = {**figures, **here, "disturbed": disturbed}
     try:
         files.write_json(store, {"machine": here, "networks": known})
     except OSError as error:
         print(f"warning: {store} could not be written ({error.strerror}); the next report measures again", flush=True)
-    return known
+    return known | passing
 
 
-def _measure(group: Sequence[runs.Run]) -> dict[str, Any] | None:
+def _measure(group: Sequence[runs.Run], trust: bool) -> dict[str, Any] | None:
     """Time the weights of the first run that still has them, float32 on the CPU."""
     from kd import models
     from kd.benchmark import speed
@@ -69,7 +77,7 @@ def _measure(group: Sequence[runs.Run]) -> dict[str, Any] | None:
         folder = run.folder / "checkpoints" / "best"
         if (folder / "config.json").is_file():
             try:
-                classifier, record = models.load(folder), run.record
+                classifier, record = models.load(folder, trust), run.record
             except ValueError as error:
                 print(f"warning: {folder} is not timed: {error}", flush=True)
                 return None

@@ -227,7 +227,7 @@ def show(name: str, cells: Sequence[Cell], asked: int, seconds: float | None, at
     teachers = {c.teacher.name for c in todo if c.teacher is not None and not c.teacher.done}
     equal = f" ({asked} asked for, equal ones run once)" if asked != len(cells) else ""
     done = sum(not c.pending and not c.problem for c in cells)
-    first = f", {len(teachers)} teachers to train first" if teachers else ""
+    first = f", {len(teachers)} teacher{'s' * (len(teachers) > 1)} to train first" if teachers else ""
     beside = f", {at_once} at once" if at_once > 1 else ""
     span = f"; about {_span(seconds)}{beside}" if seconds is not None and todo else ""
     print(f"{len(cells)} cells{equal}: {done} done, {len(todo)} to run{first}{span}", flush=True)
