@@ -31,7 +31,7 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
     `about` heads `--help`.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        return print(help_text(about, _config_dirs(sys.argv[1:])))
+        return show(help_text(about, _config_dirs(sys.argv[1:])))
     import hydra
 
     if config_name in ("evaluate", "benchmark", "export"):  # a path alone is the run
@@ -47,6 +47,14 @@ def entry(config_name: str, job: Callable[[Config], Any], about: str) -> None:
         sys.exit(report(error))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted", 130))
+
+
+def show(text: str) -> None:
+    """Print it; a reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def options_first(arguments: list[str]) -> list[str]:

@@ -269,17 +269,27 @@ _OFFERED: set[str] = set()  # models that this process has stored: each costs a 
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None, config_name: str = "train") -> Config:
-    """The configuration that `python -m kd.<config_name> OVERRIDES` would run; `config_dir` as `--config-dir`."""
+    """The configuration that `python -m kd.<config_name> OVERRIDES` would run; `config_dir` as `--config-dir`.
+
+    Raises ConfigError with the near misses.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     register([Path(config_dir)] if config_dir else [])
     overrides = [rewrite(o) for o in overrides]
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = hydra_compose(config_name, [*overrides, *search])
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = hydra_compose(config_name, [*overrides, *search])
+    except (HydraException, OmegaConfBaseException) as error:
+        from kd.cli import explain
+
+        raise ConfigError(explain(error)) from error
     return settle(composed, overrides)
 
 

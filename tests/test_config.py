@@ -95,3 +95,10 @@ def test_a_bare_off_in_yaml_means_off(tmp_path):
     )
     cfg = compose("+experiment=mine", "teacher=resnet8", config_dir=tmp_path)
     assert (cfg.teacher.cache, cfg.recipe.compile, cfg.baseline) == ("off", "on", "off")
+
+
+def test_composing_in_python_names_the_near_misses():
+    with pytest.raises(ConfigError, match="Did you mean teacher"):
+        compose("teachr=none")
+    with pytest.raises(ConfigError, match="Did you mean resnet20"):
+        compose("teacher=resnt20")

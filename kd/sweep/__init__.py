@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from kd.hints import UserError
+from kd.hints import Interrupted, UserError
 
 FORMAT = 1  # of runs_dir/sweeps/NAME.json
 OURS = {
@@ -119,6 +119,14 @@ def run(
             for cell, job in finished:
                 note(cell, job)
             manifest.write(cells)
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        look_again(cells)
+        done = sum(c.run is not None and c.run.done for c in cells)
+        print(
+            f"sweep {name}: {done} of {len(cells)} cells done. The same command goes on:\n  {manifest.command}",
+            flush=True,
+        )
+        raise
     finally:
         look_again(cells)
         manifest.write(cells)
